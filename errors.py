@@ -1,0 +1,109 @@
+"""Everything that can go wrong, and what it means to the caller.
+
+    MuseTalkError
+    ├── MediaError            the input is at fault: 422, nobody retries
+    │   ├── DownloadError     an address could not be turned into a file
+    │   ├── NoFaceError       no frame of the source shows a face
+    │   └── RequestError      the request itself: missing or malformed field
+    ├── ProcessingError       the worker or what it leans on is at fault: 500
+    │   ├── WeightsError      a model file is missing, cut short or of another network
+    │   ├── EncodeError       the output could not be written or does not hold what it should
+    │   ├── DiskFullError     no room left for this job
+    │   ├── OutOfMemoryError  the GPU ran out of memory, also at the smallest batch
+    │   ├── StorageError      the finished file could not be stored
+    │   ├── DeadlineError     a time limit passed
+    │   ├── CancelledError    the job was told to stop
+    │   └── UnavailableError  busy, starting or shutting down: 503
+    └── SettingsError         the environment is wrong: the process does not start
+
+A branch is what the caller can do. The `stage` is written on the error by the core as it passes; `details` holds facts
+for a person or a program (never a secret, a signed address or a path of this machine).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MuseTalkError(Exception):
+    """Base of all errors raised on purpose; the text is written for the reader of the log."""
+
+    error_type: ClassVar[str] = "unknown_error"
+    http_status: ClassVar[int] = 500
+    default_retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, retryable: bool | None = None, **details: object) -> None:
+        """`message` names the field or file at fault; `details` go to the error body as they are (JSON values)."""
+        super().__init__(message)
+        self.message = message
+        self.retryable = self.default_retryable if retryable is None else retryable
+        self.details = details
+        self.stage: str | None = None
+
+
+class MediaError(MuseTalkError):
+    """The input is at fault; the worker is healthy and a retry would end the same way."""
+
+    error_type = "media_error"
+    http_status = 422
+
+
+class DownloadError(MediaError):
+    """The address could not be turned into a file."""
+
+
+class NoFaceError(MediaError):
+    """No frame of the source shows a face."""
+
+
+class RequestError(MediaError):
+    """The request is not one: a field is missing, malformed or out of range."""
+
+
+class ProcessingError(MuseTalkError):
+    """The worker, or something it depends on, is at fault."""
+
+    error_type = "processing_error"
+    default_retryable = True
+
+
+class WeightsError(ProcessingError):
+    """A model file is missing, cut short, or belongs to another network."""
+
+    default_retryable = False
+
+
+class EncodeError(ProcessingError):
+    """The output could not be written, or does not hold what it should."""
+
+    default_retryable = False
+
+
+class DiskFullError(ProcessingError):
+    """There is no room left on the disk for this job."""
+
+
+class OutOfMemoryError(ProcessingError):
+    """The GPU ran out of memory, also with the smallest batch."""
+
+
+class StorageError(ProcessingError):
+    """The finished file could not be stored."""
+
+
+class DeadlineError(ProcessingError):
+    """A time limit passed before the work was done."""
+
+
+class CancelledError(ProcessingError):
+    """The job was told to stop before it was done."""
+
+
+class UnavailableError(ProcessingError):
+    """The worker is busy, starting or shutting down."""
+
+    http_status = 503
+
+
+class SettingsError(MuseTalkError):
+    """The environment is wrong; every problem found is listed in the message."""

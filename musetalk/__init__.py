@@ -1,0 +1,1 @@
+"""The MuseTalk model: pictures and sound in, pictures out. Knows nothing of jobs, HTTP, queues or the environment."""
