@@ -30,7 +30,7 @@ def seeded_tensor(key: str, shape: tuple[int, ...], seed: int, gain: float) -> t
         values = 0.5 + random.random_sample(n_elements)
     else:
         z = random.standard_normal(n_elements)
-        if last == "running_mean" or last == "beta":
+        if last in {"running_mean", "beta"}:
             values = 0.1 * z
         elif last == "gamma":
             values = z

@@ -1,0 +1,243 @@
+"""The environment and `.env` as one frozen `Settings`; the only reader of the environment. Knows no Flask, no torch.
+
+Every variable is one line of `VARIABLES`: name, how to read it, default, meaning. The README's table and `.env.example`
+are checked against it. An empty variable counts as unset; all problems are reported at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dotenv import dotenv_values
+
+from errors import SettingsError
+
+ROOT = Path(__file__).resolve().parent
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _flag(value: str) -> bool:
+    lowered = value.lower()
+    if lowered in _TRUE:
+        return True
+    if lowered in _FALSE:
+        return False
+    raise ValueError("must be 1 or 0")
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", value):
+            raise ValueError("must be a whole number")
+        number = int(value)
+        if not low <= number <= high:
+            raise ValueError(f"must be {low} to {high}")
+        return number
+
+    return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError("must be a number of seconds") from None
+        if not low <= number <= high:
+            raise ValueError(f"must be {low:g} to {high:g} seconds")
+        return number
+
+    return parse
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        lowered = value.lower()
+        if lowered not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return lowered
+
+    return parse
+
+
+def _path(value: str) -> Path:
+    return Path(value).expanduser()
+
+
+def _paths(value: str) -> tuple[Path, ...]:
+    return tuple(Path(part).expanduser() for part in value.split(os.pathsep) if part.strip())
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: its name, the setting it fills, how it is read, and what it means."""
+
+    name: str
+    setting: str
+    parse: Callable[[str], Any]
+    meaning: str
+    default: str = ""
+    aliases: tuple[str, ...] = ()
+    secret: bool = False
+
+
+VARIABLES: tuple[Variable, ...] = (
+    # HTTP server
+    Variable("WORKER_HOST", "host", _text, "Address the HTTP server listens on.", "0.0.0.0"),  # noqa: S104 - a container's port must be reachable
+    Variable("WORKER_PORT", "port", _whole(1, 65535), "Port of the HTTP server.", "8000"),
+    Variable("GRACEFUL_TIMEOUT_SEC", "graceful_timeout_s", _seconds(1, 3600), "Time a running job gets to finish after SIGTERM.", "120"),
+    # Model
+    Variable("MUSETALK_MODEL", "model", _choice("auto", "v15", "v1"), "Which weights to run; `auto` takes v1.5, else v1.0, whichever is there.", "auto"),
+    Variable("MUSETALK_MODELS_DIR", "models_dir", _path, "Folder with the official `models/` layout.", "models"),
+    Variable("MUSETALK_UNET_MODEL_PATH", "unet_path", _path, "Another UNet weights file than the layout's."),
+    Variable("MUSETALK_UNET_CONFIG", "unet_config_path", _path, "Another UNet configuration file than the layout's."),
+    Variable("MUSETALK_DEVICE", "device", _choice("auto", "cpu", "cuda"), "Where the networks run; `auto` takes the GPU when there is one.", "auto"),
+    Variable("MUSETALK_DTYPE", "dtype", _choice("auto", "float32", "float16", "bfloat16"), "Precision of the networks; `auto` is float16 on a GPU, float32 on a CPU.", "auto"),
+    Variable("MUSETALK_CPU_THREADS", "cpu_threads", _whole(0, 256), "Threads of tensor work on the CPU; 0 chooses one on a GPU, all cores without.", "0"),
+    Variable("BATCH_SIZE", "batch_size", _whole(1, 256), "Output frames computed in one pass of the networks.", "8"),
+    # Media
+    Variable("OUTPUT_GEOMETRY", "output_geometry", _choice("source", "request"), "`source` keeps the source's size; `request` honours a job's aspect_ratio and resolution.", "source"),
+    Variable("VIDEO_ENCODER", "video_encoder", _choice("auto", "libx264", "h264_nvenc"), "H.264 encoder; `auto` tries NVENC with a real test encode on a GPU, else x264.", "auto"),
+    Variable("VIDEO_PRESET", "video_preset", _choice("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"), "x264 preset: speed against size.", "veryfast"),
+    Variable("VIDEO_CRF", "video_crf", _whole(0, 51), "x264 quality: smaller is better and larger files.", "16"),
+    Variable("MAX_VIDEO_BYTES", "max_video_bytes", _whole(1, 2**40), "Largest source file that is fetched.", "524288000"),
+    Variable("MAX_AUDIO_BYTES", "max_audio_bytes", _whole(1, 2**40), "Largest audio file that is fetched.", "104857600"),
+    Variable("MAX_AUDIO_SEC", "max_audio_s", _seconds(1, 86400), "Longest audio that is rendered.", "900"),
+    Variable("MAX_OUTPUT_FRAMES", "max_output_frames", _whole(1, 10_000_000), "Most frames one job may produce.", "27000"),
+    Variable("MAX_SOURCE_SIDE_PX", "max_source_side", _whole(64, 16384), "Longest side of a source picture.", "3840"),
+    Variable("FRAME_MEMORY_MB", "frame_memory_mb", _whole(16, 1_048_576), "Memory for source frames kept for the backwards leg; beyond it they go to a scratch file.", "512"),
+    Variable("SCRATCH_DISK_MB", "scratch_disk_mb", _whole(0, 16_777_216), "Disk for that scratch file.", "16384"),
+    # Where files come from and go to
+    Variable("ALLOW_FILE_URLS", "allow_file_urls", _flag, "1 lets a job name local files as `file:` addresses (tests, closed machines).", "0"),
+    Variable("FILE_URL_ROOTS", "file_url_roots", _paths, "Folders (separated by `:`) that `file:` addresses may lie in; needed with ALLOW_FILE_URLS.", ""),
+    Variable("ALLOW_PRIVATE_NETWORKS", "allow_private_networks", _flag, "1 lets downloads reach loopback and private addresses (tests, closed networks).", "0"),
+    Variable("DOWNLOAD_ALLOWED_HOSTS", "download_allowed_hosts", _names, "Hosts (comma-separated, `*.suffix` allowed) that downloads may reach; unset: any public host.", ""),
+    Variable("DOWNLOAD_TIMEOUT_SEC", "download_timeout_s", _seconds(1, 86400), "Limit for one whole download, retries included.", "300"),
+    Variable("OUTPUT_DIR", "output_dir", _path, "Folder the finished files go to; the worker serves it at `/outputs/<name>`.", "outputs"),
+    Variable("PUBLIC_BASE_URL", "public_base_url", _text, "What callers reach this server by; unset: `http://localhost:<port>`.", ""),
+    Variable("WORK_DIR", "work_dir", _path, "Folder for the files of running jobs; emptied of old jobs at start.", "work"),
+    # Who this worker is
+    Variable("WORKER_ID", "worker_id", _text, "Name of this worker in logs and reports; unset: the host's name.", "", aliases=("SALAD_MACHINE_ID",)),
+    Variable("GPU_CLASS", "gpu_class", _text, "GPU class echoed in metrics; unset: `unknown`.", "", aliases=("GPU_CLASS_NAME",)),
+    Variable("LOG_LEVEL", "log_level", _choice("debug", "info", "warning", "error"), "Least severity that is logged.", "info"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the process was told, checked; one field per line of `VARIABLES`."""
+
+    host: str
+    port: int
+    graceful_timeout_s: float
+    model: str
+    models_dir: Path
+    unet_path: Path | None
+    unet_config_path: Path | None
+    device: str
+    dtype: str
+    cpu_threads: int
+    batch_size: int
+    output_geometry: str
+    video_encoder: str
+    video_preset: str
+    video_crf: int
+    max_video_bytes: int
+    max_audio_bytes: int
+    max_audio_s: float
+    max_output_frames: int
+    max_source_side: int
+    frame_memory_mb: int
+    scratch_disk_mb: int
+    allow_file_urls: bool
+    file_url_roots: tuple[Path, ...]
+    allow_private_networks: bool
+    download_allowed_hosts: tuple[str, ...]
+    download_timeout_s: float
+    output_dir: Path
+    public_base_url: str
+    work_dir: Path
+    worker_id: str
+    gpu_class: str | None
+    log_level: str
+    warnings: tuple[str, ...] = field(default=())
+
+    def describe(self) -> dict[str, object]:
+        """The settings as JSON values for the log at start; secrets show only whether they are set."""
+        secret = {variable.setting for variable in VARIABLES if variable.secret}
+        shown: dict[str, object] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in secret:
+                value = "set" if value else "unset"
+            elif isinstance(value, Path):
+                value = str(value)
+            elif isinstance(value, tuple):
+                value = [str(part) for part in value]
+            shown[item.name] = value
+        return shown
+
+
+def load_settings(environment: Mapping[str, str] | None = None, env_file: Path | None = ROOT / ".env") -> Settings:
+    """Settings from the environment, then from `env_file` for what the environment leaves unset, then defaults.
+
+    Raises SettingsError that lists every variable at fault, with its value unless it is a secret.
+    """
+    environment = os.environ if environment is None else environment
+    from_file = dotenv_values(env_file) if env_file is not None and env_file.is_file() else {}
+    given = {name: value.strip() for name, value in from_file.items() if value and value.strip()}
+    given.update({name: value.strip() for name, value in environment.items() if value.strip()})
+
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for variable in VARIABLES:
+        name = next((n for n in (variable.name, *variable.aliases) if n in given), variable.name)
+        text = given.get(name, variable.default)
+        if not text:
+            values[variable.setting] = variable.parse("") if variable.parse in (_paths, _names, _text) else None
+            continue
+        try:
+            values[variable.setting] = variable.parse(text)
+        except ValueError as problem:
+            shown = "" if variable.secret else f" (it is {text!r})"
+            problems.append(f"{name} {problem}{shown}")
+    problems += _joint_problems(values)
+    if problems:
+        raise SettingsError("; ".join(problems))
+    _resolve(values)
+    return Settings(**values)
+
+
+def _joint_problems(values: Mapping[str, Any]) -> Iterable[str]:
+    """What is wrong between variables that are each fine."""
+    if values.get("allow_file_urls") and not values.get("file_url_roots"):
+        yield "FILE_URL_ROOTS must name the allowed folders when ALLOW_FILE_URLS is 1"
+    base = values.get("public_base_url")
+    if base and not re.fullmatch(r"https?://[^\s?#]+", base):
+        yield "PUBLIC_BASE_URL must be an http or https address without query"
+
+
+def _resolve(values: dict[str, Any]) -> None:
+    """Fill in what depends on the machine: folders are taken from the project's root, names from the host."""
+    for name in ("models_dir", "output_dir", "work_dir", "unet_path", "unet_config_path"):
+        if values[name] is not None:
+            values[name] = (ROOT / values[name]).resolve()
+    values["worker_id"] = values["worker_id"] or socket.gethostname()
+    values["gpu_class"] = values["gpu_class"] or None
+    values["public_base_url"] = (values["public_base_url"] or f"http://localhost:{values['port']}").rstrip("/")
