@@ -16,12 +16,13 @@
     │   └── UnavailableError  busy, starting or shutting down: 503
     └── SettingsError         the environment is wrong: the process does not start
 
-A branch is what the caller can do. The `stage` is written on the error by the core as it passes; `details` holds facts
-for a person or a program (never a secret, a signed address or a path of this machine).
+A branch is what the caller can do. `stage` and `stage_times` are written on the error by the core as it passes;
+`details` holds facts for a person or a program (never a secret, a signed address or a path of this machine).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -39,6 +40,7 @@ class MuseTalkError(Exception):
         self.retryable = self.default_retryable if retryable is None else retryable
         self.details = details
         self.stage: str | None = None
+        self.stage_times: Mapping[str, float] = {}
 
 
 class MediaError(MuseTalkError):

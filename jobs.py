@@ -217,9 +217,7 @@ def result_body(result: JobResult) -> dict[str, object]:
     }
 
 
-def error_body(
-    error: BaseException, *, job_id: str | None = None, stage_times: Mapping[str, float] | None = None
-) -> tuple[int, dict[str, object]]:
+def error_body(error: BaseException, *, job_id: str | None = None) -> tuple[int, dict[str, object]]:
     """HTTP status and body for any exception; the only place where an error becomes JSON.
 
     What we did not raise on purpose is an `unknown_error`: its text may hold anything, so only its class is told.
@@ -238,7 +236,7 @@ def error_body(
         "stage": stage,
         "details": details,
         "retryable": retryable,
-        "stage_times": stage_times_body(stage_times or {}),
+        "stage_times": stage_times_body(getattr(error, "stage_times", {})),
     }
     if job_id is not None:
         body["musetalk_job_id"] = job_id
@@ -247,7 +245,7 @@ def error_body(
     return status, body
 
 
-def stage_times_body(stage_times: Mapping[str, float]) -> dict[str, float]:
+def stage_times_body(stage_times: Mapping[Any, float]) -> dict[str, float]:
     """Seconds per stage, rounded to milliseconds; the four stages every consumer knows are always there."""
     return {
         stage: round(stage_times.get(stage, 0.0), 3)

@@ -1,0 +1,141 @@
+"""The HTTP front door: `/hc`, `/generate`, `/outputs/<name>`, one error handler. Knows no torch, no storage, no media.
+
+Gunicorn calls `create_app()`; `python app.py` runs the same app for a quick local test.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Any
+
+from flask import Flask, Response, jsonify, request, send_from_directory
+from werkzeug.exceptions import HTTPException
+
+from config import Settings, load_settings
+from errors import MuseTalkError, RequestError
+from jobs import error_body, parse_job, result_body
+from musetalk_core import Core
+from telemetry import configure_logging, logger
+
+# A job is a few addresses and numbers; a larger body is a mistake or an attack.
+MAX_BODY_BYTES = 1_000_000
+
+
+def create_app(settings: Settings | None = None, core: Core | None = None) -> Flask:
+    """The app around `core`; without one, a core that starts loading its models in the background."""
+    if core is None:
+        settings = settings or load_settings()
+        configure_logging(settings.log_level)
+        logger.info("settings", extra={"settings": settings.describe()})
+        core = Core(settings)
+        core.start_loading()
+    app = Flask("musetalk-worker", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
+    app.extensions["core"] = core
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.add_url_rule("/hc", view_func=health, methods=["GET"])
+    app.add_url_rule("/generate", view_func=generate, methods=["POST"])
+    app.add_url_rule("/outputs/<name>", view_func=output, methods=["GET"])
+    app.register_error_handler(Exception, answer_error)
+    return app
+
+
+def _core() -> Core:
+    from flask import current_app
+
+    core = current_app.extensions["core"]
+    assert isinstance(core, Core)
+    return core
+
+
+def health() -> tuple[Response, int]:
+    """200 while the worker can do its work or is doing it, 503 with the reason otherwise; never waits for a job."""
+    readiness = _core().readiness
+    body: dict[str, Any] = {"status": "ok" if readiness.is_healthy else readiness.state, "model": readiness.model}
+    if readiness.is_healthy:
+        body["busy"] = readiness.state == "busy"
+    else:
+        body["reason"] = readiness.reason
+    return jsonify(body), 200 if readiness.is_healthy else 503
+
+
+def generate() -> tuple[Response, int]:
+    """Run one job and answer with its result; 422 for bad input, 503 at once when the worker cannot take it."""
+    body = _json_body()
+    job_id = body.get("musetalk_job_id") if isinstance(body, dict) else None
+    request.environ["musetalk.job_id"] = job_id if isinstance(job_id, str) else None
+    job = parse_job(body, queue_job_id=request.headers.get("Salad-Job-Id"))
+    return jsonify(result_body(_core().run_job(job))), 200
+
+
+def _json_body() -> object:
+    """The body as JSON, whatever the content type says; raises RequestError for anything that is not JSON."""
+    try:
+        return json.loads(request.get_data(cache=False), parse_constant=_refuse_constant, parse_float=_finite_float)
+    except (ValueError, RecursionError):
+        raise RequestError("the body must be JSON", field="body") from None
+
+
+def _refuse_constant(_name: str) -> object:
+    raise ValueError("NaN and Infinity are not JSON")
+
+
+def _finite_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("the number is too large")
+    return number
+
+
+def output(name: str) -> Response:
+    """A finished file of the local folder."""
+    return send_from_directory(_core().settings.output_dir, name, max_age=0)
+
+
+def answer_error(error: Exception) -> tuple[Response, int]:
+    """Every error as the JSON body of the protocol; HTTP errors of Flask keep their status."""
+    if isinstance(error, HTTPException) and error.code is not None:
+        kind = "media_error" if error.code < 500 else "processing_error"
+        body: dict[str, object] = {
+            "status": "failed",
+            "error_type": kind,
+            "error_message": error.name,
+            "error": error.name,
+            "stage": "validation",
+            "details": {"status_code": error.code},
+            "retryable": False,
+            "stage_times": {},
+        }
+        response = jsonify(body)
+        for header, value in error.get_headers():
+            if header.lower() == "allow":
+                response.headers["Allow"] = value
+        return response, error.code
+    if isinstance(error, RequestError):
+        error.stage = error.stage or "validation"
+    if not isinstance(error, MuseTalkError):
+        logger.error("unexpected error in a request", exc_info=error)
+    status, failed = error_body(error, job_id=request.environ.get("musetalk.job_id"))
+    response = jsonify(failed)
+    if status == 503:
+        response.headers["Retry-After"] = "5"
+    return response, status
+
+
+def main() -> int:
+    """Serve on WORKER_PORT with Flask's own server, for quick local tests; returns the exit status."""
+    try:
+        settings = load_settings()
+    except MuseTalkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    app = create_app(settings)
+    print(f"http://localhost:{settings.port}/hc says when the models are loaded", file=sys.stderr)
+    app.run(host=settings.host, port=settings.port, threaded=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""How one video is made. Plain values, so that whoever asks needs no network and no file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MaskMode = Literal["jaw", "raw", "neck"]
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """Choices for one video; the defaults are upstream's for v1.5 (spec section 4).
+
+    `max_gap_frames` None means half a second; `box_smoothing` is the sigma of a Gaussian over time in frames, 0 = off;
+    `aspect_ratio` and `resolution` None keep the source's.
+    """
+
+    face_box: tuple[int, int, int, int] | None = None
+    bbox_shift: int = 0
+    extra_margin: int = 10
+    mask_mode: MaskMode = "jaw"
+    left_cheek_width: int = 90
+    right_cheek_width: int = 90
+    mask_blur: float = 0.05
+    box_smoothing: float = 0.0
+    max_gap_frames: int | None = None
+    batch_size: int = 8
+    aspect_ratio: str | None = None
+    resolution: str | None = None
+    frame_memory_bytes: int = 512 * 2**20
+    scratch_disk_bytes: int = 16 * 2**30
+
+
+def version_defaults(version: str) -> RenderOptions:
+    """The options of a model version: v1.0 has no margin and pastes the raw mask (spec section 4)."""
+    return RenderOptions() if version == "v15" else RenderOptions(extra_margin=0, mask_mode="raw")

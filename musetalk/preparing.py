@@ -1,0 +1,248 @@
+"""A source made ready: faces found once, each picture's latents and mask computed once, frames in the order of output.
+
+Knows how one source frame is prepared and in which order output frames show it; nothing of sound or encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from errors import CancelledError, NoFaceError, OutOfMemoryError
+from musetalk import media
+from musetalk.blending import PastePlan, blend_mask, crop_for_parsing, face_mask
+from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes
+from musetalk.frame_store import FrameStore
+from musetalk.frames import Planes, UInt8Array, planes_to_bgr
+from musetalk.generator import crop_patch
+from musetalk.geometry import Box, blend_box, ping_pong_index
+from musetalk.models import Models
+from musetalk.options import RenderOptions
+from musetalk.streaming import BackgroundReader
+
+T = TypeVar("T")
+
+# Frames that wait between two threads: enough to hide an uneven frame, small enough to stay flat at 1080p (3 MB each).
+QUEUE_DEPTH = 4
+# Frames looked at together when faces are searched.
+FIND_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Record:
+    """One source picture, prepared; without a face it keeps only its planes."""
+
+    planes: Planes
+    plan: PastePlan | None = None
+    latents: NDArray[Any] | None = None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The record as named arrays, for the frame store."""
+        named: dict[str, NDArray[Any]] = {"y": self.planes.y, "u": self.planes.u, "v": self.planes.v}
+        if self.plan is not None and self.latents is not None:
+            named["latents"] = self.latents
+            named.update({f"plan_{name}": array for name, array in self.plan.arrays().items()})
+        return named
+
+    @staticmethod
+    def from_arrays(named: dict[str, NDArray[Any]]) -> Record:
+        """The record that `arrays` described."""
+        planes = Planes(named["y"], named["u"], named["v"])
+        if "latents" not in named:
+            return Record(planes)
+        plan = {name.removeprefix("plan_"): array for name, array in named.items() if name.startswith("plan_")}
+        return Record(planes, PastePlan.from_arrays(plan), named["latents"])
+
+
+class Batches:
+    """Runs work in batches that shrink when the GPU's memory runs out; the size is kept for the rest of the job."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def run(self, work: Callable[[slice], T], n_items: int) -> list[T]:
+        """`work` over consecutive slices of `n_items`; halves the batch when memory runs out.
+
+        Raises OutOfMemoryError when even one item does not fit.
+        """
+        results: list[T] = []
+        start = 0
+        while start < n_items:
+            stop = min(n_items, start + self.size)
+            try:
+                results.append(work(slice(start, stop)))
+            except torch.OutOfMemoryError:
+                fits = False
+            else:
+                fits = True
+            # Outside the except block: the traceback held the tensors that did not fit.
+            if fits:
+                start = stop
+                continue
+            torch.cuda.empty_cache()
+            if stop - start == 1:
+                raise OutOfMemoryError("the GPU's memory is too small for one frame", is_oom=True, batch_size=1)
+            self.size = (stop - start) // 2
+        return results
+
+
+class SourcePreparer:
+    """Prepares the frames of one source for one job."""
+
+    def __init__(
+        self,
+        models: Models,
+        path: Path,
+        info: media.SourceInfo,
+        options: RenderOptions,
+        limits: media.MediaLimits,
+        batches: Batches,
+    ) -> None:
+        """Raises MediaError when the options' face box does not fit the source."""
+        self.models, self.info, self.options = models, info, options
+        self._path, self._limits, self._batches = path, limits, batches
+        self._fixed = None if options.face_box is None else fixed_face(options.face_box, info.width, info.height)
+        self._faces: list[Face | None] | None = None
+        self.n_frames = 0
+        self.n_without_face = 0
+        self.n_interpolated = 0
+
+    def find_faces(self, max_frames: int, should_stop: Callable[[], bool]) -> list[Box]:
+        """Find the face of each of the first `max_frames` frames; returns the crop boxes found (without margin).
+
+        Short gaps are interpolated and boxes smoothed as the options say. With a fixed face box nothing is decoded.
+        Raises NoFaceError when no frame shows a face, MediaError for a broken source, CancelledError.
+        """
+        if self._fixed is not None:
+            return [self._fixed.box]
+        faces: list[Face | None] = []
+        with self._open(max_frames) as frames:
+            for batch in _batched(frames, FIND_BATCH):
+                if should_stop():
+                    raise CancelledError("the job was cancelled")
+                pictures = [
+                    planes_to_bgr(frame.planes, self.info.colour.matrix) for frame in batch if not frame.is_repeat
+                ]
+                shift = self.options.bbox_shift
+                found = iter(self.models.faces.find(pictures, bbox_shift=shift) if pictures else [])
+                for frame in batch:
+                    faces.append(faces[-1] if frame.is_repeat else next(found))
+        n_found = sum(face is not None for face in faces)
+        if n_found == 0:
+            raise NoFaceError("no frame of the source shows a face", frames=len(faces))
+        max_gap = self.options.max_gap_frames
+        filled = fill_gaps(faces, round(self.info.rate / 2) if max_gap is None else max_gap)
+        self.n_interpolated = sum(face is not None for face in filled) - n_found
+        self._faces = smooth_boxes(filled, self.options.box_smoothing)
+        return [face.box for face in self._faces if face is not None]
+
+    def in_output_order(self, n_output: int, store: FrameStore) -> Iterator[Record]:
+        """The prepared picture of each of `n_output` output frames: forwards, then to and fro.
+
+        Pictures that will be shown again are kept in `store`; a source longer than the output streams through.
+        """
+        expected = len(self._faces) if self._faces is not None else self.info.n_frames
+        keep = expected is None or expected < n_output
+        order: list[int] = []
+        for frame, record in self._forward(n_output):
+            if frame.is_repeat and order:
+                order.append(order[-1])
+            else:
+                order.append(order[-1] + 1 if order else 0)
+                if keep:
+                    store.put(order[-1], record.arrays())
+            self.n_without_face += record.plan is None
+            yield record
+        self.n_frames = len(order)
+        if len(order) < n_output and not keep:
+            # The header promised more frames than there are: once more through the source, this time to keep them.
+            self._keep_all(n_output, store)
+        for index in range(len(order), n_output):
+            yield Record.from_arrays(store.get(order[ping_pong_index(index, len(order))]))
+
+    def _keep_all(self, n_output: int, store: FrameStore) -> None:
+        index = 0
+        for frame, record in self._forward(n_output):
+            if index == 0 or not frame.is_repeat:
+                store.put(index, record.arrays())
+                index += 1
+
+    def _open(self, max_frames: int) -> BackgroundReader[media.SourceFrame]:
+        frames = media.read_source(self._path, self.info, self._limits, max_frames=max_frames)
+        return BackgroundReader(frames, depth=QUEUE_DEPTH, name="decoder")
+
+    def _forward(self, max_frames: int) -> Generator[tuple[media.SourceFrame, Record], None, None]:
+        """Decode from the first frame on, a batch at a time; repeated pictures share one record."""
+        with self._open(max_frames) as frames:
+            previous: Record | None = None
+            for batch in _batched(frames, self.options.batch_size):
+                fresh = [frame for frame in batch if not frame.is_repeat or (previous is None and frame is batch[0])]
+                prepared = iter(self._prepare(fresh))
+                for frame in batch:
+                    if previous is None or not frame.is_repeat:
+                        previous = next(prepared)
+                    yield frame, previous
+
+    def _prepare(self, frames: Sequence[media.SourceFrame]) -> list[Record]:
+        """Latents and masks of source frames, each network run once over all of them."""
+        crops: list[UInt8Array] = []
+        squares: list[UInt8Array] = []
+        boxes: list[tuple[Box, Box] | None] = []
+        for frame in frames:
+            face = self._face(frame.index)
+            if face is None:
+                boxes.append(None)
+                continue
+            box = face.box.with_bottom_margin(self.options.extra_margin, frame.planes.height)
+            around = blend_box(box)
+            region = _union(box, around).clipped(frame.planes.width, frame.planes.height)
+            picture = planes_to_bgr(frame.planes, self.info.colour.matrix, region)
+            crops.append(crop_patch(picture, box.shifted(-region.x0, -region.y0), self.models.generator.crop_px))
+            squares.append(crop_for_parsing(picture, around.shifted(-region.x0, -region.y0)))
+            boxes.append((box, around))
+        latents = iter(self._latents(crops))
+        labels = iter(self._labels(squares))
+        return [
+            Record(frame.planes)
+            if pair is None
+            else Record(frame.planes, self._paste_plan(next(labels), *pair, frame.planes), next(latents))
+            for frame, pair in zip(frames, boxes, strict=True)
+        ]
+
+    def _face(self, index: int) -> Face | None:
+        if self._fixed is not None:
+            return self._fixed
+        assert self._faces is not None, "find_faces comes first"
+        return self._faces[index] if index < len(self._faces) else None
+
+    def _latents(self, crops: Sequence[UInt8Array]) -> Iterator[NDArray[Any]]:
+        parts = self._batches.run(lambda part: self.models.generator.encode(np.stack(crops[part])), len(crops))
+        for part in parts:
+            # numpy has no bfloat16; float32 holds it without loss.
+            yield from (part.float() if part.dtype == torch.bfloat16 else part).cpu().numpy()
+
+    def _labels(self, squares: Sequence[UInt8Array]) -> Iterator[UInt8Array]:
+        for part in self._batches.run(lambda part: self.models.parser.labels(squares[part]), len(squares)):
+            yield from part
+
+    def _paste_plan(self, labels: UInt8Array, box: Box, around: Box, planes: Planes) -> PastePlan:
+        options = self.options
+        mask = face_mask(labels, options.mask_mode, options.left_cheek_width, options.right_cheek_width)
+        mask = blend_mask(mask, box, around, blur=options.mask_blur)
+        return PastePlan.prepare(mask, box, around, planes.width, planes.height)
+
+
+def _union(first: Box, second: Box) -> Box:
+    return Box(min(first.x0, second.x0), min(first.y0, second.y0), max(first.x1, second.x1), max(first.y1, second.y1))
+
+
+def _batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while batch := list(islice(items, size)):
+        yield batch

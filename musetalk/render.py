@@ -1,0 +1,241 @@
+"""One video, from local files to a local file: probe, prepare, generate, finish; streaming from decoder to encoder.
+
+Two passes over the source. The first finds the faces of every frame the audio's length reaches, so that gaps can be
+filled, a missing face is told before anything is generated, and the output's crop is fixed for the clip. The second
+decodes again, prepares each picture once, generates and pastes. With a given face box the first pass is not needed.
+Knows nothing of jobs, HTTP or the environment.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from errors import CancelledError, MediaError, RequestError
+from musetalk import media
+from musetalk.audio import SAMPLE_RATE, audio_windows, n_output_frames
+from musetalk.blending import paste_planes
+from musetalk.frame_store import FrameStore
+from musetalk.frames import UInt8Array
+from musetalk.geometry import Box
+from musetalk.models import Models, gpu_errors
+from musetalk.options import RenderOptions
+from musetalk.output_geometry import OutputPlan, plan_output
+from musetalk.preparing import QUEUE_DEPTH, Batches, Record, SourcePreparer
+from musetalk.streaming import BackgroundWriter
+
+# A long stretch without a face is passed through instead of waiting for a batch of faces behind it.
+MAX_PENDING_BATCHES = 4
+# Beyond this the network's picture (256 px for MuseTalk) is visibly stretched.
+LARGE_FACE_FACTOR = 2
+
+
+@dataclass(frozen=True)
+class RenderSummary:
+    """What was made, for the result and the log."""
+
+    width: int
+    height: int
+    rate: Fraction
+    n_frames: int
+    duration_s: float
+    n_bytes: int
+    n_source_frames: int
+    n_without_face: int
+    n_interpolated: int
+    generator_s: float
+    encoder: str
+    warnings: tuple[str, ...]
+
+
+class RenderSession:
+    """One video in the making; call probe, prepare, generate, finish in this order inside a `with` block.
+
+    Leaving the block before `finish` removes every file that was begun.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        source: Path,
+        audio: Path,
+        output: Path,
+        options: RenderOptions,
+        *,
+        limits: media.MediaLimits | None = None,
+        encoder: media.EncoderSettings | None = None,
+    ) -> None:
+        self.models, self.options = models, options
+        self._source_path, self._audio_path, self._output_path = source, audio, output
+        self._limits = limits or media.MediaLimits()
+        self._encoder = encoder or media.EncoderSettings()
+        self._batches = Batches(options.batch_size)
+        self._warnings: list[str] = []
+        self._stack = ExitStack()
+        self.generator_s = 0.0
+
+    def __enter__(self) -> RenderSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def probe(self) -> None:
+        """Look at both files; raises MediaError for what cannot or may not be rendered."""
+        if self.models.version == "v15" and self.options.bbox_shift != 0:
+            raise RequestError(
+                "params.bbox_shift has no effect with MuseTalk v1.5; leave it out", field="params.bbox_shift"
+            )
+        self._source = media.probe_source(self._source_path, self._limits)
+        self._audio = media.probe_audio(self._audio_path, self._limits)
+        self._preparer = SourcePreparer(
+            self.models, self._source_path, self._source, self.options, self._limits, self._batches
+        )
+
+    def prepare(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Read the sound, fix the output's length and find the faces.
+
+        Raises MediaError when the audio or the source cannot be used, NoFaceError when no frame shows a face,
+        CancelledError when `should_stop()` says so.
+        """
+        waveform = media.read_waveform(self._audio_path, self._audio, self._limits)
+        self._audio_duration = Fraction(len(waveform), SAMPLE_RATE)
+        self.n_frames = n_output_frames(len(waveform), self._source.rate)
+        if self.n_frames > self._limits.max_frames:
+            raise MediaError(
+                f"the output would have {self.n_frames} frames; at most {self._limits.max_frames} are allowed",
+                frames=self.n_frames,
+                limit=self._limits.max_frames,
+            )
+        _check(should_stop)
+        with gpu_errors():
+            self._features = self.models.audio.features(waveform)
+            _check(should_stop)
+            boxes = self._preparer.find_faces(self.n_frames, should_stop)
+        self._plan = self._plan_output(boxes)
+
+    def _plan_output(self, boxes: list[Box]) -> OutputPlan:
+        """Size and crop of the output, fixed for the clip by the median face."""
+        median = Box(*(int(statistics.median_low(edges)) for edges in zip(*boxes, strict=True)))
+        side, drawn = max(median.width, median.height), self.models.generator.crop_px
+        if side > LARGE_FACE_FACTOR * drawn:
+            self._warnings.append(f"the face is about {side} px large and is drawn at {drawn} px: it will look soft")
+        plan = plan_output(
+            self._source.width, self._source.height, median, self.options.aspect_ratio, self.options.resolution
+        )
+        self._warnings.extend(plan.warnings)
+        return plan
+
+    def generate(
+        self,
+        on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Generate and encode all frames; `on_progress(done, total)` and `should_stop()` are called between batches.
+
+        Raises CancelledError, OutOfMemoryError when one frame does not fit the GPU, MediaError for a source that turns
+        out broken, EncodeError or DiskFullError when the output cannot be written.
+        """
+        self._writer = self._stack.enter_context(
+            media.VideoWriter(
+                self._output_path,
+                width=self._plan.width,
+                height=self._plan.height,
+                rate=self._source.rate,
+                colour=self._source.colour,
+                n_frames=self.n_frames,
+                audio_path=self._audio_path,
+                audio_duration=self._audio_duration,
+                settings=self._encoder,
+                limits=self._limits,
+            )
+        )
+        options, done = self.options, 0
+        pending: list[Record] = []
+        with (
+            gpu_errors(),
+            BackgroundWriter(self._paste_and_encode, depth=QUEUE_DEPTH, name="encoder") as sink,
+            FrameStore(
+                self._output_path.parent,
+                memory_bytes=options.frame_memory_bytes,
+                disk_bytes=options.scratch_disk_bytes,
+            ) as store,
+        ):
+            for record in self._preparer.in_output_order(self.n_frames, store):
+                pending.append(record)
+                n_faces = sum(waiting.plan is not None for waiting in pending)
+                if n_faces >= options.batch_size or len(pending) >= MAX_PENDING_BATCHES * options.batch_size:
+                    _check(should_stop)
+                    done = self._emit(pending, done, sink)
+                    on_progress(done, self.n_frames)
+            _check(should_stop)
+            done = self._emit(pending, done, sink)
+        on_progress(done, self.n_frames)
+
+    def _emit(self, pending: list[Record], first: int, sink: BackgroundWriter[tuple[Record, UInt8Array | None]]) -> int:
+        """Generate the patches of the waiting frames and hand all of them on in order; empties `pending`.
+
+        `first` is the output index of the first one; returns that of the next.
+        """
+        with_face = [index for index, record in enumerate(pending) if record.plan is not None]
+        patches = iter(self._patches(pending, first, with_face))
+        for record in pending:
+            sink.put((record, None if record.plan is None else next(patches)))
+        count = len(pending)
+        pending.clear()
+        return first + count
+
+    def _patches(self, records: list[Record], first: int, with_face: list[int]) -> list[UInt8Array]:
+        if not with_face:
+            return []
+        started = time.monotonic()
+        windows = audio_windows(self._features, first, len(records), self._source.rate)[with_face]
+        latents = torch.from_numpy(np.stack([records[index].latents for index in with_face]))  # type: ignore[misc]
+        parts = self._batches.run(
+            lambda part: self.models.generator.generate(latents[part], windows[part]), len(with_face)
+        )
+        self.generator_s += time.monotonic() - started
+        return [patch for part in parts for patch in part]
+
+    def _paste_and_encode(self, item: tuple[Record, UInt8Array | None]) -> None:
+        """In the encoder's thread: paste into a copy (the record may be shown again), crop or scale, encode."""
+        record, patch = item
+        planes = record.planes
+        if record.plan is not None and patch is not None:
+            planes = planes.copy()
+            paste_planes(planes, record.plan, patch, self._source.colour.matrix)
+        self._writer.write(media.fit_planes(planes, self._plan.crop, (self._plan.width, self._plan.height)))
+
+    def finish(self) -> RenderSummary:
+        """Close and check the file; only then does it get its name. Raises EncodeError if it is wrong."""
+        info = self._writer.close()
+        return RenderSummary(
+            width=info.width,
+            height=info.height,
+            rate=info.rate,
+            n_frames=info.n_frames,
+            duration_s=float(info.duration),
+            n_bytes=info.n_bytes,
+            n_source_frames=self._preparer.n_frames,
+            n_without_face=self._preparer.n_without_face,
+            n_interpolated=self._preparer.n_interpolated,
+            generator_s=self.generator_s,
+            encoder=self._encoder.codec,
+            warnings=tuple(self._warnings),
+        )
+
+
+def _check(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise CancelledError("the job was cancelled")
