@@ -95,7 +95,8 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError("must be a whole number")
-        if not math.isfinite(value) or int(value) != value or not low <= value <= high:
+        # The range first: it refuses NaN, infinities and integers too large for a float.
+        if not low <= value <= high or int(value) != value:
             raise ValueError(f"must be a whole number from {low} to {high}")
         return int(value)
 
@@ -104,7 +105,7 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
 
 def _number(low: float, high: float) -> Callable[[Any], float]:
     def parse(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError("must be a number")
         if not low <= value <= high:
             raise ValueError(f"must be from {low:g} to {high:g}")

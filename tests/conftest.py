@@ -30,10 +30,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _environment_restored() -> Iterator[None]:
     """A test that changes the environment without monkeypatch fails here instead of in its neighbour."""
-    before = dict(os.environ)
+    before = _environment()
     yield
-    after = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
-    before.pop("PYTEST_CURRENT_TEST", None)
-    os.environ.clear()
+    after = _environment()
+    for name in after.keys() - before.keys():
+        del os.environ[name]
     os.environ.update(before)
     assert after == before, "the test left the environment changed"
+
+
+def _environment() -> dict[str, str]:
+    """The environment without the variable that pytest itself keeps changing."""
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}

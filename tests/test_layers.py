@@ -1,0 +1,82 @@
+"""Imports go down only: the table of layers, read from the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Module -> the modules of ours it may import, directly or inside a function. A package stands for all it holds.
+MODEL = {"musetalk", "errors"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "jobs": {"errors"},
+    "addresses": {"errors"},
+    "downloads": {"errors", "addresses"},
+    "storage": {"errors"},
+    "telemetry": {"errors", "jobs"},
+    "musetalk_core": {"errors", "config", "jobs", "downloads", "storage", "telemetry", "musetalk"},
+    "app": {"errors", "config", "jobs", "telemetry", "musetalk_core"},
+    "gunicorn.conf": {"config"},
+}
+# What a part must never import, also not from outside.
+FORBIDDEN: dict[str, set[str]] = {
+    "app": {"torch", "cv2", "av", "numpy", "b2sdk"},
+    "config": {"torch", "flask"},
+    "jobs": {"torch", "flask", "requests"},
+    "musetalk_core": {"cv2", "av", "numpy", "flask", "torch"},
+    "musetalk": {"flask", "requests", "b2sdk", "gunicorn", "dotenv"},
+    "musetalk/media": {"torch"},
+    "musetalk/blending": {"torch"},
+    "musetalk/frame_store": {"torch"},
+    "musetalk/geometry": {"numpy", "torch"},
+    "musetalk/output_geometry": {"numpy", "torch"},
+    "musetalk/networks": {"os", "pathlib", "errors"},
+    "musetalk/weights": {"musetalk/networks"},
+    "musetalk/faces": {"musetalk/blending", "musetalk/media"},
+    "musetalk/audio": {"av", "musetalk/media"},
+}
+OURS = {path.stem for path in ROOT.glob("*.py")} | {"musetalk"}
+FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "musetalk").rglob("*.py")])
+
+
+def imported(path: Path) -> set[str]:
+    """Names of imported modules: `torch`, `errors`, and `musetalk/faces` for parts of the package."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        found: list[str] = []
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            base = node.module or ""
+            found = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        for name in found:
+            names.add(name.split(".")[0])
+            if name.startswith("musetalk."):
+                names.add("/".join(name.split(".")[:2]))
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    relative = path.relative_to(ROOT).with_suffix("").as_posix()
+    names = imported(path)
+    in_package = relative.startswith("musetalk/")
+    allowed = MODEL if in_package else ALLOWED.get(relative)
+    assert allowed is not None, f"{path.name} is not in the table of layers"
+    assert (names & OURS) - allowed == set()
+    for part, forbidden in FORBIDDEN.items():
+        if relative == part or relative.startswith(f"{part}/"):
+            assert names & forbidden == set(), f"{relative} imports {names & forbidden}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "musetalk").rglob("*.py")), ids=lambda path: path.name)
+def test_the_model_reads_no_environment(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "os.environ" not in text
+    assert "getenv" not in text

@@ -1,0 +1,82 @@
+"""Settings: every variable read, every problem told at once, nothing secret shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from config import ROOT, VARIABLES, Settings, load_settings
+from errors import SettingsError
+
+
+def load(**environment: str) -> Settings:
+    return load_settings(environment, env_file=None)
+
+
+def test_defaults_need_no_environment() -> None:
+    settings = load()
+    assert settings.port == 8000
+    assert settings.batch_size == 8
+    assert settings.models_dir == ROOT / "models"
+    assert settings.public_base_url == "http://localhost:8000"
+    assert settings.worker_id
+    assert settings.gpu_class is None
+
+
+def test_empty_and_blank_mean_unset() -> None:
+    assert load(BATCH_SIZE="", WORKER_PORT="  ", GPU_CLASS=" ") == load()
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(BATCH_SIZE="eight", WORKER_PORT="0", VIDEO_CRF="99", MUSETALK_MODEL="v2", ALLOW_FILE_URLS="1")
+    for name in ("BATCH_SIZE", "WORKER_PORT", "VIDEO_CRF", "MUSETALK_MODEL", "FILE_URL_ROOTS"):
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["8.5", "0", "257", "1e2", "٣", "0x8"])
+def test_a_batch_size_that_is_no_whole_number_in_range_is_refused(text: str) -> None:
+    if text == "٣":
+        assert load(BATCH_SIZE=text).batch_size == 3  # a digit is a digit
+        return
+    with pytest.raises(SettingsError, match="BATCH_SIZE"):
+        load(BATCH_SIZE=text)
+
+
+def test_aliases_lose_against_the_name() -> None:
+    assert load(GPU_CLASS_NAME="RTX 3090").gpu_class == "RTX 3090"
+    assert load(GPU_CLASS_NAME="RTX 3090", GPU_CLASS="RTX 4090 (24 GB)").gpu_class == "RTX 4090 (24 GB)"
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text("BATCH_SIZE=4\nVIDEO_CRF='20'\n# a comment\n", encoding="utf-8")
+    settings = load_settings({"BATCH_SIZE": "2"}, env_file=env_file)
+    assert (settings.batch_size, settings.video_crf) == (2, 20)
+
+
+def test_each_setting_belongs_to_one_variable() -> None:
+    names = [variable.setting for variable in VARIABLES]
+    assert len(names) == len(set(names))
+    assert set(names) | {"warnings"} == set(Settings.__dataclass_fields__)
+
+
+def test_description_holds_json_values_only() -> None:
+    import json
+
+    described = json.dumps(load(DOWNLOAD_ALLOWED_HOSTS="a.example, *.b.example").describe())
+    assert "*.b.example" in described
+
+
+@pytest.mark.parametrize("document", ["README.md", ".env.example"])
+def test_documents_name_every_variable_with_its_default(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for variable in VARIABLES:
+        if document == "README.md":
+            rows = [line for line in text.splitlines() if line.startswith(f"| `{variable.name}` |")]
+            assert len(rows) == 1, f"{variable.name} has {len(rows)} rows in {document}"
+            shown = f"`{variable.default}`" if variable.default else "–"
+            assert f"| {shown} | {variable.meaning} |" in rows[0]
+        else:
+            assert f"{variable.name}={variable.default}" in text
