@@ -1,0 +1,203 @@
+"""What a caller of the HTTP server sees: statuses and bodies of the protocol, always JSON, never a trace of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from app import MAX_BODY_BYTES, create_app
+from config import load_settings
+from errors import MediaError, NoFaceError, OutOfMemoryError, UnavailableError
+from jobs import Job, JobResult
+from musetalk_core import Core, Readiness
+
+GOOD = {"musetalk_job_id": "job-1", "video_url": "https://host/a.mp4", "audio_url": "https://host/a.wav"}
+
+
+class ScriptedCore(Core):
+    """A real core whose work is replaced: `outcome` is returned or raised."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            load_settings(
+                {"OUTPUT_DIR": str(folder / "outputs"), "WORK_DIR": str(folder / "work"), "GPU_CLASS": "RTX"}, None
+            )
+        )
+        self.state = Readiness("ready", "v15")
+        self.jobs: list[Job] = []
+        self.outcome: BaseException | JobResult | None = None
+
+    @property
+    def readiness(self) -> Readiness:
+        return self.state
+
+    def run_job(self, job: Job, **_callbacks: Any) -> JobResult:
+        self.jobs.append(job)
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        assert self.outcome is not None
+        return self.outcome
+
+
+@pytest.fixture
+def core(tmp_path: Path) -> ScriptedCore:
+    return ScriptedCore(tmp_path)
+
+
+@pytest.fixture
+def client(core: ScriptedCore) -> Iterator[FlaskClient]:
+    with create_app(core=core).test_client() as client:
+        yield client
+
+
+def a_result() -> JobResult:
+    return JobResult(
+        job_id="job-1",
+        output_url="http://localhost:8000/outputs/job-1.mp4",
+        object_name="job-1.mp4",
+        bucket=None,
+        model="v15",
+        stage_times={"download": 1.0, "validation": 0.5, "inference": 2.0, "upload": 0.25},
+        total_time_s=3.75,
+        gpu_class="RTX",
+        peak_gpu_memory_mib=None,
+        peak_memory_kb=1,
+        video={"frames": 25},
+    )
+
+
+def test_health_is_ok_when_ready_and_when_busy(client: FlaskClient, core: ScriptedCore) -> None:
+    for state in ("ready", "busy"):
+        core.state = Readiness(state, "v15")  # type: ignore[arg-type]
+        answer = client.get("/hc")
+        assert (answer.status_code, answer.json["status"], answer.json["model"]) == (200, "ok", "v15")
+        assert answer.json["busy"] is (state == "busy")
+    assert client.head("/hc").status_code == 200
+
+
+@pytest.mark.parametrize("state", ["starting", "failed", "draining"])
+def test_health_says_why_it_is_not_ready(client: FlaskClient, core: ScriptedCore, state: Any) -> None:
+    core.state = Readiness(state, None, "the reason")
+    answer = client.get("/hc")
+    assert answer.status_code == 503
+    assert answer.json == {"status": state, "model": None, "reason": "the reason"}
+
+
+def test_a_good_job_is_answered_with_its_result(client: FlaskClient, core: ScriptedCore) -> None:
+    core.outcome = a_result()
+    answer = client.post("/generate", json=GOOD, headers={"Salad-Job-Id": "queue-7"})
+    assert answer.status_code == 200
+    assert answer.json["status"] == "success"
+    assert answer.json["metrics"]["gpu_class"] == "RTX"
+    assert core.jobs[0].queue_job_id == "queue-7"
+
+
+def test_the_content_type_does_not_matter(client: FlaskClient, core: ScriptedCore) -> None:
+    core.outcome = a_result()
+    for kind in ("text/plain", "application/octet-stream", ""):
+        assert client.post("/generate", data=json.dumps(GOOD), content_type=kind).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (NoFaceError("no frame of the source shows a face"), 422, "media_error"),
+        (MediaError("the audio is empty"), 422, "media_error"),
+        (OutOfMemoryError("too small", is_oom=True), 500, "processing_error"),
+        (UnavailableError("busy"), 503, "processing_error"),
+        (KeyError("/private/path"), 500, "unknown_error"),
+    ],
+)
+def test_errors_have_the_status_and_body_of_the_protocol(
+    client: FlaskClient, core: ScriptedCore, error: Exception, status: int, kind: str
+) -> None:
+    core.outcome = error
+    answer = client.post("/generate", json=GOOD)
+    assert (answer.status_code, answer.json["error_type"], answer.json["status"]) == (status, kind, "failed")
+    assert answer.json["musetalk_job_id"] == "job-1"
+    assert "private" not in answer.text
+    assert ("Retry-After" in answer.headers) == (status == 503)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a": NaN}',
+        b'{"a": 1e999}',
+        b'"text"',
+        b"3",
+        b"null",
+        b"{}",
+        b'{"musetalk_job_id": "\\u0000"}',
+        b"<html>",
+    ],
+)
+def test_a_body_that_is_no_job_is_422_json(client: FlaskClient, core: ScriptedCore, body: bytes) -> None:
+    answer = client.post("/generate", data=body, content_type="application/json")
+    assert answer.status_code == 422
+    assert answer.json["error_type"] == "media_error"
+    assert answer.json["stage"] == "validation"
+    assert answer.json["retryable"] is False
+    assert core.jobs == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/generate", 405), ("POST", "/hc", 405), ("GET", "/nothing", 404), ("GET", "/outputs/none.mp4", 404)],
+)
+def test_http_errors_are_json_too(client: FlaskClient, method: str, path: str, status: int) -> None:
+    answer = client.open(path, method=method)
+    assert answer.status_code == status
+    assert answer.json["status"] == "failed"
+    if status == 405:
+        assert answer.headers["Allow"]
+
+
+def test_a_body_that_is_too_large_is_refused(client: FlaskClient) -> None:
+    answer = client.post("/generate", data=b" " * (MAX_BODY_BYTES + 1))
+    assert answer.status_code == 413
+    assert answer.json["status"] == "failed"
+
+
+def test_results_are_served_and_nothing_beside_them(client: FlaskClient, core: ScriptedCore) -> None:
+    folder = core.settings.output_dir
+    folder.mkdir(parents=True)
+    (folder / "job-1.mp4").write_bytes(b"video")
+    (folder.parent / "secret.txt").write_text("secret", encoding="utf-8")
+    assert client.get("/outputs/job-1.mp4").data == b"video"
+    for name in ("../secret.txt", "..%2fsecret.txt", "%2e%2e/secret.txt"):
+        assert client.get(f"/outputs/{name}").status_code == 404
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.binary(max_size=60)
+    | json_values.map(lambda value: json.dumps(value).encode())
+    | st.dictionaries(st.sampled_from([*GOOD, "params", "resolution"]), json_values).map(
+        lambda fields: json.dumps({**GOOD, **fields}).encode()
+    )
+)
+def test_no_body_whatever_causes_a_500(client: FlaskClient, core: ScriptedCore, body: bytes) -> None:
+    core.outcome = a_result()
+    answer = client.post("/generate", data=body, content_type="application/json")
+    assert answer.status_code in (200, 422)
+    assert answer.is_json
+    assert "Traceback" not in answer.text
