@@ -1,0 +1,269 @@
+"""Which hosts a download may dial: parse an address strictly, resolve its name, judge every result. Knows no HTTP.
+
+The threat is a job that names an address inside our network: the cloud's metadata service, the worker itself, a
+neighbour. The rule is that a name is refused when any of its addresses is not a public one, and that the caller dials
+exactly the addresses judged here, so that a second look-up cannot give another answer. What browsers and libraries
+read in different ways (userinfo, zones, octal or short IPv4, backslashes) is refused and never interpreted.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import idna
+
+from errors import DownloadError
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Resolver = Callable[[str, int], Sequence[str]]
+
+MAX_URL_LENGTH = 8192
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+# Refused also where private networks are allowed: cloud metadata, and what no media host can have.
+_NEVER = {
+    "169.254.0.0/16": "link-local (cloud metadata)",
+    "100.100.100.200/32": "cloud metadata",
+    "168.63.129.16/32": "cloud host service",
+    "192.0.0.0/24": "protocol assignment",
+    "0.0.0.0/8": "unspecified",
+    "192.0.2.0/24": "documentation",
+    "198.51.100.0/24": "documentation",
+    "203.0.113.0/24": "documentation",
+    "192.88.99.0/24": "6to4 relay",
+    "224.0.0.0/4": "multicast",
+    "240.0.0.0/4": "reserved",
+    "fd00:ec2::254/128": "cloud metadata",
+    "fe80::/10": "link-local",
+    "fec0::/10": "site-local",
+    "ff00::/8": "multicast",
+    "::/128": "unspecified",
+    "64:ff9b:1::/48": "local NAT64",
+    "100::/64": "discard",
+    "100:0:0:1::/64": "discard",
+    "2001::/32": "Teredo",
+    "2001:2::/48": "benchmark",
+    "2001:10::/28": "overlay identifier",
+    "2001:20::/28": "overlay identifier",
+    "2001:db8::/32": "documentation",
+    "2002::/16": "6to4",
+    "3fff::/20": "documentation",
+    "5f00::/16": "segment routing",
+}
+# Refused unless private networks are allowed.
+_PRIVATE = {
+    "127.0.0.0/8": "loopback",
+    "10.0.0.0/8": "private",
+    "172.16.0.0/12": "private",
+    "192.168.0.0/16": "private",
+    "100.64.0.0/10": "carrier-grade NAT",
+    "198.18.0.0/15": "benchmark",
+    "::1/128": "loopback",
+    "fc00::/7": "unique local",
+}
+_NETWORKS = [(ipaddress.ip_network(net), why, False) for net, why in _NEVER.items()] + [
+    (ipaddress.ip_network(net), why, True) for net, why in _PRIVATE.items()
+]
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
+_IETF_V6 = ipaddress.IPv6Network("2001::/23")
+_IPV4_COMPATIBLE = ipaddress.IPv6Network("::/96")
+
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+_NUMBER = re.compile(r"(0x[0-9a-f]*|[0-9]+)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """An http(s) address taken apart: `host` is ASCII, lower case, without brackets or trailing dot."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @property
+    def is_literal(self) -> bool:
+        """True when the host is an IP address and not a name."""
+        return ":" in self.host or _is_number(self.host)
+
+    @property
+    def authority(self) -> str:
+        """Host with the port where it is not the scheme's own: the value of the Host header."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The address put together from the checked parts."""
+        return f"{self.scheme}://{self.authority}{self.path}"
+
+
+def parse_target(url: str) -> Target:
+    """The parts of an http(s) address; a fragment is dropped.
+
+    Raises DownloadError for another scheme and for every spelling that two readers could take for different hosts.
+    """
+    if len(url) > MAX_URL_LENGTH:
+        raise _refused("it is too long", url)
+    if any(unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} for character in url):
+        raise _refused("it holds control characters", url)
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise _refused("it is malformed", url) from None
+    if parts.scheme not in DEFAULT_PORTS:
+        raise _refused("only http and https are fetched", url)
+    if "@" in parts.netloc or "\\" in parts.netloc:
+        raise _refused("it must not hold a user name or a backslash", url)
+    if not host or port == 0:
+        raise _refused("it has no host" if not host else "its port is not one", url)
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return Target(parts.scheme, _normal_host(host, "[" in parts.netloc, url), port or DEFAULT_PORTS[parts.scheme], path)
+
+
+def _normal_host(host: str, bracketed: bool, url: str) -> str:
+    """The host in its one spelling: IPv6 as ipaddress writes it, names in ASCII (IDNA 2008 with UTS 46 mapping)."""
+    if bracketed or ":" in host:
+        try:
+            if "%" in host:
+                raise ValueError("zone")
+            return str(ipaddress.IPv6Address(host))
+        except ValueError:
+            raise _refused("its IPv6 host is malformed or has a zone", url) from None
+    try:
+        name = host.lower() if host.isascii() else idna.encode(host, uts46=True).decode("ascii")
+    except idna.IDNAError:
+        raise _refused("its host is not a valid name", url) from None
+    name = name.removesuffix(".")
+    if _is_number(name):
+        try:
+            return str(ipaddress.IPv4Address(name))
+        except ValueError:
+            raise _refused("its IPv4 host is not written as four decimal numbers", url) from None
+    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
+        raise _refused("its host is not a valid name", url)
+    return name
+
+
+def _is_number(name: str) -> bool:
+    """Whether some reader would take the name for an IPv4 address (its last label is a number)."""
+    return bool(_NUMBER.fullmatch(name.rsplit(".", 1)[-1]))
+
+
+def refusal(address: str, *, allow_private: bool = False) -> str | None:
+    """Why this IP address must not be dialled, or None when it may; `address` may carry a zone.
+
+    IPv4 inside IPv6 is judged by the inner address where the network would translate it (mapped, NAT64) and refused
+    where it would be tunnelled (6to4, Teredo, ISATAP, IPv4-compatible).
+    """
+    try:
+        parsed = ipaddress.ip_address(address.split("%", 1)[0])
+    except ValueError:
+        return "unreadable"
+    inner = _translated(parsed)
+    if inner is not None:
+        return refusal(str(inner), allow_private=allow_private)
+    for network, why, is_private in _NETWORKS:
+        if parsed.version == network.version and parsed in network:
+            return None if is_private and allow_private else why
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return _odd_v6(parsed)
+    return None
+
+
+def _translated(address: Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that a packet to this IPv6 address would reach through the system or a NAT64 gateway."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return None
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped
+
+
+def _odd_v6(address: ipaddress.IPv6Address) -> str | None:
+    if address in _IPV4_COMPATIBLE:
+        return "IPv4-compatible"
+    if address not in _GLOBAL_V6:
+        return "not public"
+    if address in _IETF_V6:
+        return "protocol assignment"
+    if (int(address) >> 32) & 0xFCFFFFFF == 0x00005EFE:
+        return "ISATAP"
+    return None
+
+
+def resolve_host(host: str, port: int) -> list[str]:
+    """All addresses of a name in the system's order, without repetitions; raises OSError when there is none."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def is_listed(target: Target, allowed_hosts: Sequence[str]) -> bool:
+    """Whether the host is on the list: `host`, `host:port`, `*.suffix` (not the suffix itself) or `*.suffix:port`."""
+    for entry in allowed_hosts:
+        name, port = _split_entry(entry.strip().lower())
+        if port not in {None, target.port}:
+            continue
+        if target.host == name or (name.startswith("*.") and target.host.endswith(name[1:]) and len(name) > 2):
+            return True
+    return False
+
+
+def _split_entry(entry: str) -> tuple[str, int | None]:
+    name, colon, port = entry.rpartition(":")
+    if not colon or not port.isdigit() or (":" in name and not name.endswith("]")):
+        name, port = entry, ""
+    name = name.strip("[]").removesuffix(".")
+    return name, int(port) if port else None
+
+
+def check_target(target: Target, *, allow_private: bool, allowed_hosts: Sequence[str]) -> bool:
+    """Whether private addresses may be dialled for this target.
+
+    Raises DownloadError when a list of hosts is set and this one is not on it, or when the port belongs to another
+    service (below 1024 other than 80 and 443; a listed host may have any).
+    """
+    listed = is_listed(target, allowed_hosts)
+    if allowed_hosts and not listed:
+        raise _refused("its host is not on the list of allowed hosts", target.url)
+    if target.port < 1024 and target.port not in DEFAULT_PORTS.values() and not (listed or allow_private):
+        raise _refused("its port belongs to another service", target.url)
+    return allow_private or listed
+
+
+def check_addresses(target: Target, addresses: Sequence[str], *, allow_private: bool) -> None:
+    """Raise DownloadError unless every address the name has may be dialled."""
+    for address in addresses:
+        why = refusal(address, allow_private=allow_private)
+        if why is not None:
+            raise _refused(f"its host leads to a {why} address", target.url)
+
+
+def redact_url(url: str) -> str:
+    """An address fit for logs and errors: scheme, host, port and a plain file name; no user, query or other path."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return "(malformed address)"
+    if parts.scheme == "file":
+        return "file:…"
+    if parts.scheme not in DEFAULT_PORTS or not host:
+        return f"{parts.scheme[:20]}:…" if parts.scheme else "(malformed address)"
+    host = f"[{host}]" if ":" in host else host
+    last = parts.path.rsplit("/", 1)[-1]
+    name = last if re.fullmatch(r"[\w.-]{1,80}\.\w{1,5}", last, re.ASCII) else ""
+    skipped = "/" if parts.path.count("/") <= 1 and (name or not last) else "/…/"
+    return f"{parts.scheme}://{host[:253]}{f':{port}' if port else ''}{skipped}{name}"
+
+
+def _refused(why: str, url: str) -> DownloadError:
+    return DownloadError(f"the address was refused: {why}", url=redact_url(url))

@@ -1,0 +1,172 @@
+"""Connections: pinned to a judged address, cut from another thread, their faults put in words. Knows no jobs.
+
+A socket's time-out starts again with every byte, so a peer that drips, or that stops reading, can hold a thread for as
+long as it likes. Shutting the socket from outside ends the call at once; that is how a limit on the whole of a
+download or an upload is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import ssl
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+
+from addresses import Resolver, Target
+
+# At debug level urllib3 writes every path with its query, and the query is where signatures are.
+logging.getLogger("urllib3").setLevel(logging.INFO)
+
+
+class CutSwitch:
+    """The open sockets of one transfer, and the switch that ends them all, also those opened later."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._is_cut = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether `cut` was called."""
+        return self._is_cut
+
+    def add(self, new_socket: socket.socket) -> None:
+        """Take charge of a connected socket."""
+        with self._lock:
+            self._sockets.add(new_socket)
+            if self._is_cut:
+                _shut(new_socket)
+
+    def cut(self) -> None:
+        """End every read and write on these connections now, and those of later ones as they come."""
+        with self._lock:
+            self._is_cut = True
+            for open_socket in self._sockets:
+                _shut(open_socket)
+
+
+def _shut(open_socket: socket.socket) -> None:
+    # Not SSLSocket.shutdown: it drops the TLS layer, and a read under way would go on with the bare bytes.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
+
+
+def switched(connection_class: Any, switch: CutSwitch) -> Any:
+    """A subclass of a urllib3 connection class that hands its socket to `switch` once it is connected."""
+
+    def connect(self: Any) -> None:
+        connection_class.connect(self)
+        switch.add(self.sock)
+
+    return type(connection_class.__name__, (connection_class,), {"connect": connect})
+
+
+class PinnedAdapter(HTTPAdapter):
+    """Transport to one judged address; Host header, server name and certificate check stay those of the name."""
+
+    def __init__(self, target: Target, address: str, switch: CutSwitch) -> None:
+        super().__init__(max_retries=0)
+        host = f"[{address}]" if ":" in address else address
+        if target.scheme == "https":
+            self._pool: urllib3.HTTPConnectionPool = urllib3.HTTPSConnectionPool(
+                host, target.port, server_hostname=target.host
+            )
+        else:
+            self._pool = urllib3.HTTPConnectionPool(host, target.port)
+        # The attribute of the instance shadows that of the class; urllib3 documents it for this use.
+        self._pool.ConnectionCls = switched(self._pool.ConnectionCls, switch)
+
+    def get_connection_with_tls_context(self, *_: Any, **__: Any) -> urllib3.HTTPConnectionPool:
+        """The one pool, whatever the request says (requests 2.32 and later)."""
+        return self._pool
+
+    def get_connection(self, *_: Any, **__: Any) -> urllib3.HTTPConnectionPool:
+        """The one pool, whatever the request says (requests before 2.32)."""
+        return self._pool
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._pool.close()
+        super().close()
+
+
+def resolve_within(resolve: Resolver, target: Target, seconds: float) -> list[str]:
+    """The addresses of a name within a time limit; the system's resolver has none, so a thread is left to it.
+
+    Raises OSError when there is no answer.
+    """
+    answers: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put(list(resolve(target.host, target.port)))
+        except Exception as problem:  # noqa: BLE001 - handed to the caller
+            answers.put(problem)
+
+    threading.Thread(target=work, name="resolve", daemon=True).start()
+    try:
+        answer = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise socket.gaierror(socket.EAI_AGAIN, "no answer in time") from None
+    if isinstance(answer, UnicodeError) or answer == []:
+        raise socket.gaierror(socket.EAI_NONAME, "no address")
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and everything it was made from (requests and urllib3 nest in `args` and `reason`)."""
+    todo: list[object] = [error]
+    seen: set[int] = set()
+    while todo:
+        item = todo.pop()
+        if not isinstance(item, BaseException) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        yield item
+        todo += [*item.args, getattr(item, "reason", None), item.__cause__, item.__context__]
+
+
+# urllib3 2 lets OpenSSL compare the names; urllib3 1 compares them itself and raises a ValueError of that name.
+_CERTIFICATE_ERRORS = {"SSLCertVerificationError", "CertificateError"}
+
+_TEXTS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    ((socket.gaierror,), "name could not be resolved"),
+    ((ConnectionRefusedError,), "connection was refused"),
+    ((requests.ConnectTimeout, urllib3.exceptions.ConnectTimeoutError), "connection was not answered in time"),
+    ((requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError), "connection went silent"),
+    ((ConnectionError, urllib3.exceptions.ProtocolError, urllib3.exceptions.IncompleteRead), "connection was cut"),
+    ((ssl.SSLError, requests.exceptions.SSLError), "secure connection failed"),
+    ((requests.exceptions.ChunkedEncodingError,), "connection was cut"),
+)
+
+
+def describe(error: BaseException) -> str:
+    """What a transport error means, without addresses: the library's own texts hold whole URLs."""
+    chain = list(causes(error))
+    for classes, text in _TEXTS:
+        if any(isinstance(cause, classes) for cause in chain):
+            return text
+    return "connection failed"
+
+
+def is_bad_certificate(error: BaseException) -> bool:
+    """Whether the peer could not prove its name; another try would end the same way."""
+    return any(type(cause).__name__ in _CERTIFICATE_ERRORS for cause in causes(error))
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether no connection came about at all, so that another address of the name is worth trying."""
+    classes = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError, requests.ConnectTimeout)
+    return any(isinstance(cause, classes) for cause in causes(error))

@@ -1,0 +1,545 @@
+"""From an address to a file, with limits in bytes and seconds. Knows no storage, no jobs and no media formats.
+
+`fetch` streams into a temporary name and renames at the end; after a failure nothing is left. What can change is tried
+again (refused connections, resets, cut bodies, 408, 429, 5xx), resuming where the host allows it; the rest fails at
+once. Each hop is judged by `addresses` and the socket goes to an address that was judged, so neither a redirect nor a
+second look-up leads elsewhere. Redirects: five at most, never from https down to http. Proxies, cookies and
+credentials of the environment are not used. Signed addresses appear in no log and no error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import mimetypes
+import os
+import random
+import re
+import shutil
+import stat
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+from urllib.parse import unquote, urljoin, urlsplit
+
+import requests
+import urllib3
+
+from addresses import Resolver, Target, check_addresses, check_target, parse_target, redact_url, resolve_host
+from connections import CutSwitch, PinnedAdapter, describe, is_bad_certificate, is_unreachable, resolve_within
+from errors import CancelledError, DiskFullError, DownloadError, ProcessingError
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["video", "audio"]
+MIN_MEDIA_BYTES = 1000
+BLOCK_BYTES = 64 * 1024
+SPARE_DISK_BYTES = 64 * 2**20
+
+_POLL_S = 0.1
+_MAX_DIALLED = 4
+_TRY_AGAIN = {408, 425, 429}
+_REDIRECTS = {301, 302, 303, 307, 308}
+_COMPRESSED = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress"}
+_TRANSPORT_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
+
+
+@dataclass(frozen=True)
+class DownloadSettings:
+    """Limits and permissions of downloads; times in seconds.
+
+    `allowed_hosts` (`host`, `host:port`, `*.suffix`), when set, are the only hosts that are dialled, and they may have
+    private addresses. `file_roots` are the folders that `file:` addresses may lie in. `ca_bundle` replaces the public
+    certificate authorities.
+    """
+
+    max_video_bytes: int = 500 * 2**20
+    max_audio_bytes: int = 100 * 2**20
+    total_timeout_s: float = 300.0
+    connect_timeout_s: float = 10.0
+    idle_timeout_s: float = 30.0
+    tries: int = 3
+    backoff_s: float = 1.0
+    max_pause_s: float = 30.0
+    max_redirects: int = 5
+    allow_private_networks: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    allow_file_urls: bool = False
+    file_roots: tuple[Path, ...] = ()
+    ca_bundle: Path | None = None
+    user_agent: str = "musetalk-worker"
+
+    def max_bytes(self, kind: Kind) -> int:
+        """The byte limit for a source or an audio file."""
+        return self.max_video_bytes if kind == "video" else self.max_audio_bytes
+
+
+@dataclass(frozen=True)
+class FetchedFile:
+    """What arrived: size, SHA-256 (hex), the type the host named, and how long it took."""
+
+    n_bytes: int
+    sha256: str
+    content_type: str | None
+    seconds: float
+
+
+def fetch(
+    url: str,
+    destination: Path,
+    settings: DownloadSettings,
+    *,
+    kind: Kind,
+    should_stop: Callable[[], bool] = lambda: False,
+    sha256: str | None = None,
+    resolve: Resolver = resolve_host,
+) -> FetchedFile:
+    """Put the file behind `url` at `destination`; `should_stop` is also called from a helper thread.
+
+    Raises DownloadError (`transient` in its details when another try later could end differently), DiskFullError, or
+    CancelledError once `should_stop()` is true. `sha256` is compared when given; it counts as a fault of transport.
+    """
+    started = time.monotonic()
+    is_local = url[:5].lower() == "file:"
+    if not is_local:
+        parse_target(url)  # a refused address creates no file and no thread
+    try:
+        with (
+            _Watch(settings.total_timeout_s, should_stop) as watch,
+            _PartFile(destination, kind, settings, url) as part,
+        ):
+            if is_local:
+                content_type = _copy_local(url, part, settings, watch)
+            else:
+                content_type = _Download(url, part, settings, watch, resolve, sha256).run()
+            if part.n_bytes == 0:
+                raise DownloadError(f"the {kind} is empty", url=redact_url(url))
+            if sha256 is not None and part.digest != sha256.lower():
+                raise DownloadError(f"the {kind} does not have the expected checksum", url=redact_url(url))
+            watch.check()
+            part.commit()
+            return FetchedFile(part.n_bytes, part.digest, content_type, time.monotonic() - started)
+    except _TimeUpError:
+        text = f"the {kind} could not be fetched: it did not arrive within {settings.total_timeout_s:g} s"
+        raise DownloadError(text, url=redact_url(url), transient=True) from None
+
+
+class _TimeUpError(Exception):
+    """The total time of this download is over."""
+
+
+class _FaultError(Exception):
+    """A fault that another try can mend; the text has no address in it."""
+
+    def __init__(self, why: str, *, pause_s: float = 0.0, status: int | None = None) -> None:
+        super().__init__(why)
+        self.pause_s = pause_s
+        self.status = status
+
+
+class _Watch:
+    """Cuts the connections of one download when its time is up or the job is to stop."""
+
+    def __init__(self, seconds: float, should_stop: Callable[[], bool]) -> None:
+        self.switch = CutSwitch()
+        self._deadline = time.monotonic() + seconds
+        self._should_stop = should_stop
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="download-watch", daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._done.wait(_POLL_S):
+            if self.left() <= 0 or self._should_stop():
+                self.switch.cut()
+                return
+
+    def left(self) -> float:
+        """Seconds until the total limit."""
+        return self._deadline - time.monotonic()
+
+    def check(self) -> None:
+        """Raise CancelledError or _TimeUpError when it is time to end."""
+        if self._should_stop():
+            raise CancelledError("the job was told to stop during the download")
+        if self.left() <= 0:
+            raise _TimeUpError
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but not beyond the limit or a stop."""
+        until = time.monotonic() + seconds
+        self.check()
+        while (rest := min(until - time.monotonic(), self.left())) > 0:
+            self._done.wait(min(rest, _POLL_S))
+            self.check()
+
+
+class _PartFile:
+    """The file while it grows: temporary name, running hash, byte limit; removed unless committed."""
+
+    def __init__(self, destination: Path, kind: Kind, settings: DownloadSettings, url: str) -> None:
+        self.kind = kind
+        self.limit = settings.max_bytes(kind)
+        self.n_bytes = 0
+        self._url = url
+        self._destination = destination
+        self._path = destination.with_name(f".{destination.name}.{uuid.uuid4().hex}.part")
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> _PartFile:
+        with _disk_errors():
+            self._file = self._path.open("xb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessingError):
+            self._close()
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def expect(self, n_more: int) -> None:
+        """Raise when so many more bytes break the limit or do not fit on the disk."""
+        if self.n_bytes + n_more > self.limit:
+            raise self._too_large()
+        with _disk_errors():
+            free = shutil.disk_usage(self._destination.parent).free
+        if free < n_more + SPARE_DISK_BYTES:
+            raise DiskFullError(f"there is no room on the disk for the {self.kind}", n_bytes=self.n_bytes + n_more)
+
+    def append(self, block: bytes) -> None:
+        """Write the next bytes; raises DownloadError beyond the limit, DiskFullError when the disk is full."""
+        assert self._file is not None
+        if self.n_bytes + len(block) > self.limit:
+            raise self._too_large()
+        with _disk_errors():
+            self._file.write(block)
+        self._hash.update(block)
+        self.n_bytes += len(block)
+
+    def restart(self) -> None:
+        """Forget what was written."""
+        assert self._file is not None
+        with _disk_errors():
+            self._file.seek(0)
+            self._file.truncate()
+        self._hash = hashlib.sha256()
+        self.n_bytes = 0
+
+    def commit(self) -> None:
+        """Give the file its name."""
+        with _disk_errors():
+            self._close()
+            self._path.replace(self._destination)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            with _disk_errors():
+                file.close()
+
+    def _too_large(self) -> DownloadError:
+        return DownloadError(
+            f"the {self.kind} is too large: more than {self.limit} bytes", url=redact_url(self._url), limit=self.limit
+        )
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Turn what the local disk says into our errors, without its paths."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise DiskFullError("the disk is full") from None
+        name = errno.errorcode.get(problem.errno or 0, "unknown")
+        raise ProcessingError(f"the download could not be written ({name})") from None
+
+
+class _Download:
+    """One http(s) download: tries, redirects, resuming."""
+
+    def __init__(
+        self,
+        url: str,
+        part: _PartFile,
+        settings: DownloadSettings,
+        watch: _Watch,
+        resolve: Resolver,
+        sha256: str | None,
+    ) -> None:
+        self.url = url
+        self.part = part
+        self.settings = settings
+        self.watch = watch
+        self.resolve = resolve
+        self.sha256 = sha256
+        self.validator: str | None = None
+        self.total: int | None = None
+
+    def run(self) -> str | None:
+        """Fetch with retries; returns the Content-Type. Raises DownloadError once the tries are used up."""
+        n_try = 0
+        while True:
+            n_try += 1
+            self.watch.check()
+            try:
+                return self._try()
+            except _FaultError as fault:
+                self.watch.check()  # a cut of ours is not the host's fault
+                logger.warning("download of the %s, try %d: %s", self.part.kind, n_try, fault)
+                if n_try >= self.settings.tries:
+                    raise self._failed(str(fault), transient=True, status=fault.status, tries=n_try) from None
+                backoff = self.settings.backoff_s * 2 ** (n_try - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
+                self.watch.pause(min(max(backoff, fault.pause_s), self.settings.max_pause_s))
+
+    def _try(self) -> str | None:
+        start = self.part.n_bytes if self.validator is not None else 0
+        if self.part.n_bytes and not start:
+            self.part.restart()
+        headers = {"Range": f"bytes={start}-", "If-Range": self.validator or ""} if start else {}
+        with self._faults(), self._follow(headers) as response:
+            self._begin(response, start)
+            self._receive(response)
+        if self.sha256 is not None and self.part.n_bytes and self.part.digest != self.sha256.lower():
+            self.validator = None
+            raise _FaultError("the checksum is another")
+        return response.headers.get("Content-Type")
+
+    @contextlib.contextmanager
+    def _follow(self, headers: Mapping[str, str]) -> Iterator[requests.Response]:
+        """The answer to a GET after its redirects, every hop judged anew."""
+        url = self.url
+        for _ in range(self.settings.max_redirects + 1):
+            target = parse_target(url)
+            with self._get(target, headers) as response:
+                if response.status_code not in _REDIRECTS:
+                    yield response
+                    return
+                location = response.headers.get("Location")
+            if not location:
+                raise self._failed("a redirect without an address", status=response.status_code)
+            url = _joined(target.url, location)
+            if target.scheme == "https" and url[:5].lower() == "http:":
+                raise self._failed("a redirect leads from https to an unprotected address")
+        raise self._failed(f"more than {self.settings.max_redirects} redirects")
+
+    @contextlib.contextmanager
+    def _get(self, target: Target, headers: Mapping[str, str]) -> Iterator[requests.Response]:
+        request = requests.Request(
+            "GET",
+            target.url,
+            headers={
+                "Host": target.authority,
+                "User-Agent": self.settings.user_agent,
+                "Accept": "*/*",
+                "Accept-Encoding": "identity",
+                **headers,
+            },
+        ).prepare()
+        verify = str(self.settings.ca_bundle) if self.settings.ca_bundle else True
+        refusals: list[Exception] = []
+        for address in self._addresses(target)[:_MAX_DIALLED]:
+            adapter = PinnedAdapter(target, address, self.watch.switch)
+            timeout = (self._within(self.settings.connect_timeout_s), self._within(self.settings.idle_timeout_s))
+            try:
+                response = adapter.send(request, stream=True, timeout=timeout, verify=verify, proxies={})
+            except requests.ConnectionError as problem:
+                adapter.close()
+                if not is_unreachable(problem):
+                    raise
+                refusals.append(problem)
+                self.watch.check()
+                continue
+            try:
+                yield response
+            finally:
+                response.close()
+                adapter.close()
+            return
+        raise refusals[-1]
+
+    def _addresses(self, target: Target) -> list[str]:
+        """The addresses to dial, all of them judged."""
+        may_be_private = check_target(
+            target, allow_private=self.settings.allow_private_networks, allowed_hosts=self.settings.allowed_hosts
+        )
+        if target.is_literal:
+            addresses = [target.host]
+        else:
+            addresses = resolve_within(self.resolve, target, self._within(self.settings.connect_timeout_s))
+        check_addresses(target, addresses, allow_private=may_be_private)
+        return addresses
+
+    def _within(self, seconds: float) -> float:
+        self.watch.check()
+        return max(min(seconds, self.watch.left()), 0.01)
+
+    def _begin(self, response: requests.Response, start: int) -> None:
+        """Judge status and headers; afterwards the part file stands where the body goes on."""
+        status, headers = response.status_code, response.headers
+        if start and status in {200, 206, 412, 416}:
+            if status == 206 and self._continues(headers, start):
+                return self._expect(headers)
+            self.validator = self.total = None
+            if status != 200:
+                raise _FaultError("the rest of the file could not be asked for", status=status)
+            self.part.restart()
+        if status != 200:
+            self._reject(status, headers)
+        codings = {coding.strip().lower() for coding in headers.get("Content-Encoding", "").split(",")}
+        if codings & _COMPRESSED:
+            raise self._failed("the media host sends it compressed, which was not asked for")
+        self.validator = _validator(headers)
+        self.total = _content_length(headers)
+        return self._expect(headers)
+
+    def _continues(self, headers: Mapping[str, str], start: int) -> bool:
+        """Whether a 206 is the rest of what is here: same version, same size, starting at `start`."""
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
+        if match is None or int(match[1]) != start:
+            return False
+        if self.total is not None and match[3] != "*" and int(match[3]) != self.total:
+            return False
+        length = _content_length(headers)
+        if length is not None and length != int(match[2]) - start + 1:
+            return False
+        return _validator(headers) in {None, self.validator}
+
+    def _expect(self, headers: Mapping[str, str]) -> None:
+        length = _content_length(headers)
+        if length is not None:
+            self.part.expect(length)
+
+    def _reject(self, status: int, headers: Mapping[str, str]) -> None:
+        if status in _TRY_AGAIN or 500 <= status < 600:
+            pause = _retry_after(headers.get("Retry-After"), self.settings.max_pause_s)
+            raise _FaultError(f"{status} from media host", pause_s=pause, status=status)
+        raise self._failed(f"{status} from media host", status=status)
+
+    def _receive(self, response: requests.Response) -> None:
+        expected = _content_length(response.headers)
+        before = self.part.n_bytes
+        for block in response.iter_content(BLOCK_BYTES):
+            self.watch.check()
+            self.part.append(block)
+        self.watch.check()
+        if expected is not None and self.part.n_bytes - before != expected:
+            raise _FaultError("the connection was cut")
+        if self.total is not None and self.part.n_bytes != self.total:
+            raise _FaultError("the file is not complete")
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Turn what requests, urllib3 and the system raise into faults without addresses in their texts."""
+        try:
+            yield
+        except _TRANSPORT_ERRORS as problem:
+            if is_bad_certificate(problem):
+                raise self._failed("the media host's certificate does not prove its name") from None
+            raise _FaultError(f"the media host's {describe(problem)}") from None
+
+    def _failed(self, why: str, *, status: int | None = None, **details: Any) -> DownloadError:
+        if status is not None:
+            details["status_code"] = status
+        return DownloadError(f"the {self.part.kind} could not be fetched: {why}", url=redact_url(self.url), **details)
+
+
+def _joined(base: str, location: str) -> str:
+    """Where a redirect leads; header bytes arrive as Latin-1 although hosts write UTF-8."""
+    with contextlib.suppress(UnicodeError):
+        location = location.encode("latin-1").decode()
+    try:
+        return urljoin(base, location)
+    except ValueError:
+        return location
+
+
+def _content_length(headers: Mapping[str, str]) -> int | None:
+    """The declared body size; None when absent, unreadable or overruled by chunked transfer."""
+    text = headers.get("Content-Length", "").strip()
+    if "Transfer-Encoding" in headers or not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+        return None
+    return int(text)
+
+
+def _validator(headers: Mapping[str, str]) -> str | None:
+    """What names this version of the file in If-Range: a strong ETag, else the date of the last change."""
+    etag = headers.get("ETag", "")
+    if re.fullmatch(r'"[\x21\x23-\x7e]*"', etag):
+        return etag
+    return headers.get("Last-Modified") or None
+
+
+def _retry_after(value: str | None, longest_s: float) -> float:
+    """Seconds the host asks us to wait (a number or a date), capped; 0 when it says nothing readable."""
+    if value is None:
+        return 0.0
+    if re.fullmatch(r"\d{1,9}", value.strip(), re.ASCII):
+        return min(float(value), longest_s)
+    try:
+        wait = parsedate_to_datetime(value).timestamp() - time.time()
+    except (TypeError, ValueError):
+        return 0.0
+    return min(max(wait, 0.0), longest_s)
+
+
+def _copy_local(url: str, part: _PartFile, settings: DownloadSettings, watch: _Watch) -> str | None:
+    """Copy the file that a `file:` address names, when they are allowed and it lies in an allowed folder."""
+    path = _local_path(url, settings)
+    try:
+        # Without following a link put there meanwhile, and without hanging on a pipe.
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        raise DownloadError("the file named by a file: address does not exist", url="file:…") from None
+    try:
+        info = os.fstat(handle)
+        if not stat.S_ISREG(info.st_mode):
+            raise DownloadError("the file: address does not name a regular file", url="file:…")
+        part.expect(info.st_size)
+        while block := os.read(handle, BLOCK_BYTES):
+            watch.check()
+            part.append(block)
+    except OSError:
+        raise DownloadError("the file named by a file: address could not be read", url="file:…") from None
+    finally:
+        os.close(handle)
+    return mimetypes.guess_type(path.name)[0]
+
+
+def _local_path(url: str, settings: DownloadSettings) -> Path:
+    if not settings.allow_file_urls:
+        raise DownloadError("the address was refused: file: addresses are not allowed here", url="file:…")
+    try:
+        parts = urlsplit(url)
+        text = unquote(parts.path, errors="strict")
+        is_plain = parts.netloc.lower() in {"", "localhost"} and not parts.query and not parts.fragment
+    except ValueError:
+        is_plain = False
+    if not is_plain or not text.startswith("/") or "\0" in text:
+        raise DownloadError("the address was refused: it is not a plain file: address", url="file:…")
+    try:
+        path = Path(text).resolve()
+        is_inside = any(path.is_relative_to(root.resolve()) for root in settings.file_roots)
+    except (OSError, RuntimeError):
+        is_inside = False
+    if not is_inside:  # said before anything tells whether the file exists
+        raise DownloadError("the address was refused: it leads outside the allowed folders", url="file:…")
+    return path
