@@ -1,0 +1,12 @@
+"""Files to pictures and sound, and back (PyAV and Pillow). Knows no model, no settings, no network.
+
+Reading: `probe_source` and `probe_audio` look at a file in a limited process of their own; `read_source` gives its
+pictures on a constant-rate grid, `read_waveform` its sound as the model hears it.
+"""
+
+from __future__ import annotations
+
+from musetalk.media.limits import AudioInfo, MediaLimits, SourceInfo
+from musetalk.media.sound import inspect_audio, read_audio_blocks, read_waveform
+
+__all__ = ["AudioInfo", "MediaLimits", "SourceInfo", "inspect_audio", "read_audio_blocks", "read_waveform"]

@@ -1,0 +1,155 @@
+"""The one way a file of the outside world is opened (spec media.md 3.6).
+
+A local path that the worker chose, a list of containers, a list of protocols, time limits and a pixel limit, always all
+of them: a playlist or script that names other files or hosts is refused before anything in it is followed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import av.error
+
+from errors import MediaError, ProcessingError
+from musetalk.media.limits import MediaLimits
+
+PictureFormat = Literal["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
+
+# FFmpeg's names of the containers that are accepted; a demuxer outside this list is never run.
+CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "wav", "mp3", "ogg", "flac", "aac")
+
+_PICTURE_MAGIC: tuple[tuple[bytes, PictureFormat], ...] = (
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+)
+# Brands of the ISO container that hold photographs, not films: FFmpeg would show one tile of them.
+_PHOTO_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis"}
+
+
+def picture_format(path: Path, what: str = "the source") -> PictureFormat | None:
+    """Which picture format the first bytes of `path` announce, None when it is not a picture.
+
+    Raises MediaError for an empty file and for photograph formats that cannot be read, ProcessingError when the file
+    is not there or is not a regular file.
+    """
+    head = _head(path, what)
+    if head[4:8] == b"ftyp" and head[8:12] in _PHOTO_BRANDS:
+        raise MediaError(f"{what} is a HEIC or AVIF picture; send JPEG, PNG or WebP instead")
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    # "BM" alone is two letters of any text: a bitmap has zeros in its reserved field as well.
+    if head[:2] == b"BM" and head[6:10] != b"\0\0\0\0":
+        return None
+    return next((name for magic, name in _PICTURE_MAGIC if head.startswith(magic)), None)
+
+
+def _head(path: Path, what: str) -> bytes:
+    try:
+        # Looked at before opening: opening a named pipe waits for its other end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ProcessingError(f"{what} is not a regular file")
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise ProcessingError(f"{what} cannot be read: {error.strerror}") from None
+    if not head:
+        raise MediaError(f"{what} is empty")
+    return head
+
+
+@contextmanager
+def open_container(path: Path, limits: MediaLimits, what: str = "the source") -> Iterator[Any]:
+    """The opened container of `path`; closed on leaving. Errors of FFmpeg inside the block become ours.
+
+    Raises MediaError for what is not one of the accepted containers or cannot be decoded, ProcessingError when the
+    machine is at fault.
+    """
+    options = {
+        "format_whitelist": ",".join(CONTAINERS),
+        "protocol_whitelist": "file",
+        "max_pixels": str(limits.max_pixels),
+    }
+    with ffmpeg_errors(what):
+        try:
+            # The prefix keeps a name such as "concat:a|b" from being read as a protocol.
+            container = av.open(
+                f"file:{os.path.abspath(path)}",
+                options=options,
+                timeout=(limits.open_timeout_s, limits.read_timeout_s),
+                metadata_errors="replace",
+            )
+        except (av.error.InvalidDataError, av.error.ArgumentError):
+            # The second is what a demuxer outside the list ends with.
+            raise MediaError(f"{what} is not a media file of a supported kind, or its beginning is damaged") from None
+        try:
+            if not set(container.format.name.split(",")) & set(CONTAINERS):
+                raise MediaError(f"{what} is in a container that is not supported", container=container.format.name)
+            yield container
+        finally:
+            container.close()
+
+
+@contextmanager
+def ffmpeg_errors(what: str) -> Iterator[None]:
+    """Turn FFmpeg's errors into MediaError (the input's fault) or ProcessingError (the machine's).
+
+    FFmpeg's own text is dropped: it holds the path.
+    """
+    try:
+        yield
+    except (MemoryError, av.error.MemoryError):
+        raise ProcessingError(f"there is not enough memory to decode {what}") from None
+    except av.error.FFmpegError as error:
+        raise _translated(error, what) from None
+
+
+def _translated(error: av.error.FFmpegError, what: str) -> Exception:
+    reason = type(error).__name__
+    if isinstance(error, av.error.ExitError):
+        return MediaError(f"{what} could not be read in time", reason=reason)
+    # FileNotFoundError and the like; a decoder's own failures are ValueError, LookupError or plain.
+    if isinstance(error, OSError):
+        return ProcessingError(f"{what} cannot be read: {error.strerror}", reason=reason)
+    return MediaError(f"{what} cannot be decoded: {error.strerror}", reason=reason)
+
+
+def video_stream(container: Any, what: str = "the source") -> Any:
+    """The video stream to show: the largest that is not a cover picture; raises MediaError when there is none."""
+    streams = [stream for stream in container.streams.video if not _is_cover(stream) and stream.codec_context]
+    if not streams:
+        raise MediaError(f"{what} has no video")
+    return max(streams, key=lambda stream: stream.codec_context.width * stream.codec_context.height)
+
+
+def audio_stream(container: Any, what: str = "the audio") -> Any:
+    """The audio stream FFmpeg prefers; raises MediaError when there is none."""
+    streams = [stream for stream in container.streams.audio if stream.codec_context]
+    if not streams:
+        raise MediaError(f"{what} has no sound")
+    best = container.streams.best("audio")
+    return best if best in streams else streams[0]
+
+
+def _is_cover(stream: Any) -> bool:
+    return "attached_pic" in str(getattr(stream, "disposition", ""))
+
+
+def prepare_decoder(stream: Any, limits: MediaLimits) -> None:
+    """Set the pixel limit and the threads on the decoder of `stream`, before it decodes its first packet."""
+    context = stream.codec_context
+    context.thread_count = limits.decoder_threads
+    context.thread_type = "AUTO"
+    if stream.type == "video":
+        # A header may announce a small picture and the stream hold a large one.
+        context.options = {"max_pixels": str(limits.max_pixels)}
