@@ -56,8 +56,8 @@ class DownloadSettings:
     """Limits and permissions of downloads; times in seconds.
 
     `allowed_hosts` (`host`, `host:port`, `*.suffix`), when set, are the only hosts that are dialled, and they may have
-    private addresses. `file_roots` are the folders that `file:` addresses may lie in. `ca_bundle` replaces the public
-    certificate authorities.
+    private addresses. `file_url_roots` are the folders that `file:` addresses may lie in. `ca_bundle` replaces the
+    public certificate authorities.
     """
 
     max_video_bytes: int = 500 * 2**20
@@ -72,7 +72,7 @@ class DownloadSettings:
     allow_private_networks: bool = False
     allowed_hosts: tuple[str, ...] = ()
     allow_file_urls: bool = False
-    file_roots: tuple[Path, ...] = ()
+    file_url_roots: tuple[Path, ...] = ()
     ca_bundle: Path | None = None
     user_agent: str = "musetalk-worker"
 
@@ -537,7 +537,7 @@ def _local_path(url: str, settings: DownloadSettings) -> Path:
         raise DownloadError("the address was refused: it is not a plain file: address", url="file:…")
     try:
         path = Path(text).resolve()
-        is_inside = any(path.is_relative_to(root.resolve()) for root in settings.file_roots)
+        is_inside = any(path.is_relative_to(root.resolve()) for root in settings.file_url_roots)
     except (OSError, RuntimeError):
         is_inside = False
     if not is_inside:  # said before anything tells whether the file exists

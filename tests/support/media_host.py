@@ -126,6 +126,7 @@ class MediaHost:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     media_host: MediaHost
 
     def do_GET(self) -> None:

@@ -371,7 +371,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def local(allowed: Path, **changes: Any) -> DownloadSettings:
-    return DownloadSettings(allow_file_urls=True, file_roots=(allowed,), **changes)
+    return DownloadSettings(allow_file_urls=True, file_url_roots=(allowed,), **changes)
 
 
 def test_a_local_file_is_copied(folders: tuple[Path, Path]) -> None:
@@ -451,7 +451,7 @@ def test_file_addresses_obey_limits_stops_and_the_switch(folders: tuple[Path, Pa
     with pytest.raises(DownloadError, match="checksum"):
         fetch(url, work / "x", local(allowed), kind="video", sha256="0" * 64)
     with pytest.raises(DownloadError, match="not allowed here"):
-        fetch(url, work / "x", DownloadSettings(file_roots=(allowed,)), kind="video")
+        fetch(url, work / "x", DownloadSettings(file_url_roots=(allowed,)), kind="video")
     with pytest.raises(DownloadError, match="outside"):
         fetch(url, work / "x", DownloadSettings(allow_file_urls=True), kind="video")
     assert list(work.iterdir()) == []

@@ -1,0 +1,355 @@
+"""A bucket of Backblaze B2 as a store, through b2sdk. Knows no downloads, no jobs.
+
+b2sdk renews authorizations, splits large files into parts and resumes them, but gives up on a burst of 503 within
+milliseconds and has no limit on the whole. Around it stand: a back-off of ours with a new upload URL for each try, and
+a deadline. The upload runs in a thread of its own; when the deadline passes or the job is told to stop, its sockets
+are shut and its next call of any kind is refused, so it ends by itself within a moment, while the caller goes on at
+once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import logging
+import random
+import re
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import b2sdk.v3 as b2
+import requests
+from b2sdk.v3.exception import (
+    AccessDenied,
+    B2ConnectionError,
+    B2Error,
+    B2RequestTimeout,
+    BucketIdNotFound,
+    CapExceeded,
+    ClockSkew,
+    InvalidAuthToken,
+    MaxRetriesExceeded,
+    NonExistentBucket,
+    NotAllowedByAppKeyError,
+    RestrictedBucket,
+    StorageCapExceeded,
+    TooManyRequests,
+    Unauthorized,
+    UnusableFileName,
+)
+from requests.adapters import HTTPAdapter
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from connections import CutSwitch, describe, switched
+from errors import CancelledError, DeadlineError, ProcessingError, StorageError
+from storage import B2Settings, StoredObject, TimeLimit, object_name, sha1_of, sidecar_bytes
+
+logger = logging.getLogger(__name__)
+# Below warnings b2sdk writes its calls with their arguments, tokens among them, and whole answers of the server.
+logging.getLogger("b2sdk").setLevel(logging.CRITICAL)
+
+VIDEO_TYPE = "video/mp4"
+SIDECAR_TYPE = "application/json"
+
+_POLL_S = 0.05
+_MAX_SIDECAR_S = 30.0
+
+T = TypeVar("T")
+
+
+class _StoppedError(B2Error):  # type: ignore[misc]  # b2sdk carries no types
+    """Raised inside b2sdk's threads once the upload was given up; as a B2Error it passes through unchanged."""
+
+
+class _Line:
+    """One B2Api and its connections, all of which can be ended from outside; used by one upload at a time."""
+
+    def __init__(self, settings: B2Settings, account: Any) -> None:
+        self.switch = CutSwitch()
+        self.limit: TimeLimit | None = None
+        self.session = _Session(self, settings)
+        # decode_content keeps b2sdk from replacing the session's transport; nothing is downloaded here.
+        config = b2.B2HttpApiConfig(http_session_factory=lambda: self.session, decode_content=True)
+        self.api = b2.B2Api(account_info=account, api_config=config, max_upload_workers=4)
+
+    def check(self) -> None:
+        """Raise when this line was given up."""
+        if self.switch.is_cut:
+            raise _StoppedError("the upload was given up")
+
+    def give_up(self) -> None:
+        """End every call on this line; none can be made on it again."""
+        self.switch.cut()
+        self.session.close()
+
+
+class _Session(requests.Session):
+    """The session b2sdk works on: time-outs within the deadline, no call after the end, bounded `Retry-After`."""
+
+    def __init__(self, line: _Line, settings: B2Settings) -> None:
+        super().__init__()
+        self._line = line
+        self._settings = settings
+        adapter = _Adapter(line.switch)
+        self.mount("http://", adapter)
+        self.mount("https://", adapter)
+
+    def request(self, *args: Any, **kwargs: Any) -> requests.Response:
+        """As requests does it; b2sdk's own time-outs reach from two to twenty minutes."""
+        self._line.check()
+        left = self._line.limit.left() if self._line.limit else self._settings.idle_timeout_s
+        # urllib3 applies the first one to each block it sends, too, so a bucket that stops reading is noticed.
+        kwargs["timeout"] = tuple(
+            max(min(own, left), 0.05) for own in (self._settings.connect_timeout_s, self._settings.idle_timeout_s)
+        )
+        try:
+            response = super().request(*args, **kwargs)
+        except Exception:
+            self._line.check()  # a cut of ours must not look like a fault that b2sdk sleeps on and tries again
+            raise
+        asked = response.headers.pop("Retry-After", "")
+        if asked.isdecimal():
+            # b2sdk sleeps that long whatever it says; longer pauses are ours to make.
+            longest = int(max(min(self._settings.max_backoff_s, left / 4), 1))
+            response.headers["Retry-After"] = str(min(int(asked), longest))
+        return response
+
+
+class _Adapter(HTTPAdapter):
+    """Transport whose sockets are known to the switch."""
+
+    def __init__(self, switch: CutSwitch) -> None:
+        self._pools = {}
+        for scheme, pool in (("http", HTTPConnectionPool), ("https", HTTPSConnectionPool)):
+            connection = switched(pool.ConnectionCls, switch)
+            self._pools[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": connection})
+        super().__init__(pool_maxsize=8)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """As the base does, with our connections."""
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = self._pools
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base does, with our connections."""
+        manager = super().proxy_manager_for(*args, **kwargs)
+        manager.pool_classes_by_scheme = self._pools
+        return manager
+
+
+class _Progress(b2.AbstractProgressListener):  # type: ignore[misc]  # b2sdk carries no types
+    """Stops the reading of a body that nobody waits for any more."""
+
+    def __init__(self, line: _Line) -> None:
+        super().__init__()
+        self._line = line
+
+    def set_total_bytes(self, total_byte_count: int) -> None:
+        """Not needed."""
+
+    def bytes_completed(self, byte_count: int) -> None:  # noqa: ARG002 - b2sdk's signature
+        """Called for each block that is read for sending."""
+        self._line.check()
+
+
+class B2Store:
+    """A bucket of Backblaze B2. One instance serves the process: it authorizes once and again when B2 wants it."""
+
+    def __init__(self, settings: B2Settings) -> None:
+        self.settings = settings
+        self._account = b2.InMemoryAccountInfo()
+        self._lines: list[_Line] = []
+        self._lock = threading.Lock()
+        self._is_private = settings.is_private
+
+    def upload(
+        self,
+        path: Path,
+        job_id: str | None,
+        sidecar: Mapping[str, object],
+        *,
+        deadline_s: float,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> StoredObject:
+        """Upload the MP4, then the sidecar; see Store.upload."""
+        limit = TimeLimit(deadline_s, should_stop)
+        name = object_name(self.settings.prefix, job_id)
+        sha1, n_bytes = sha1_of(path, limit)
+
+        def send(line: _Line) -> None:
+            version = self._bucket(line).upload_local_file(
+                str(path), name, content_type=VIDEO_TYPE, sha1_sum=sha1, progress_listener=_Progress(line)
+            )
+            # b2sdk only asserts this, which `python -O` leaves out; a large file has no SHA-1 of its own.
+            if version.content_sha1 not in {None, "none", sha1}:
+                raise AssertionError("SHA-1 differs")
+
+        self._retried(send, limit)
+        url = self._retried(lambda line: self._link(line, name), limit)
+        stored = StoredObject(name, url, n_bytes, sha1, self.settings.bucket)
+        self._upload_sidecar(sidecar, stored, TimeLimit(min(limit.left(), _MAX_SIDECAR_S), should_stop))
+        return stored
+
+    def close(self) -> None:
+        """End all connections; the store can still be used afterwards."""
+        with self._lock:
+            lines, self._lines = self._lines, []
+        for line in lines:
+            line.give_up()
+
+    def _upload_sidecar(self, sidecar: Mapping[str, object], stored: StoredObject, limit: TimeLimit) -> None:
+        name = stored.name.removesuffix(".mp4") + ".json"
+        try:
+            body = sidecar_bytes(sidecar, stored)
+            self._retried(
+                lambda line: self._bucket(line).upload_bytes(
+                    body, name, content_type=SIDECAR_TYPE, progress_listener=_Progress(line)
+                ),
+                limit,
+            )
+        except (ProcessingError, TypeError, ValueError) as problem:
+            logger.warning("the sidecar was not stored: %s", problem)
+
+    def _retried(self, work: Callable[[_Line], T], limit: TimeLimit) -> T:
+        """`work` until it succeeds, with growing pauses; raises StorageError when B2 says no or tries run out."""
+        n_try = 0
+        while True:
+            n_try += 1
+            try:
+                return self._once(work, limit)
+            except (CancelledError, DeadlineError):
+                raise
+            except Exception as problem:  # noqa: BLE001 - b2sdk raises AssertionError, KeyError, ValueError as well
+                self._forget(problem)
+                reason = self._reason(problem)
+                limit.last_fault = reason
+                logger.warning("upload to B2, try %d: %s", n_try, reason)
+                if not _is_passing(problem) or n_try >= self.settings.tries:
+                    raise StorageError(f"B2 did not take the file: {reason}", tries=n_try) from None
+                asked_s = getattr(problem, "retry_after_seconds", None) or 0
+            backoff = self.settings.backoff_s * 2 ** (n_try - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
+            limit.pause(min(max(backoff, asked_s), self.settings.max_backoff_s))
+
+    def _once(self, work: Callable[[_Line], T], limit: TimeLimit) -> T:
+        """One try in a thread of its own, left behind when the deadline passes or the job is to stop."""
+        limit.check()
+        with self._lock:
+            line = self._lines.pop() if self._lines else _Line(self.settings, self._account)
+        line.limit = limit
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work(line))
+            except BaseException as problem:  # noqa: BLE001 - handed to the caller
+                outcome.set_exception(problem)
+
+        thread = threading.Thread(target=run, name="b2-upload", daemon=True)
+        thread.start()
+        try:
+            while not outcome.done():
+                limit.check()
+                concurrent.futures.wait([outcome], timeout=max(min(_POLL_S, limit.left()), 0.001))
+        except BaseException:
+            line.give_up()
+            thread.join(1.0)
+            raise
+        error = outcome.exception()
+        if error is not None:
+            line.give_up()  # parts of a large file may still be under way on it
+            raise error
+        with self._lock:
+            self._lines.append(line)
+        return outcome.result()
+
+    def _bucket(self, line: _Line) -> Any:
+        """The bucket, after authorizing where that was not done yet."""
+        try:
+            self._account.get_account_auth_token()
+        except b2.exception.MissingAccountData:
+            line.api.authorize_account(
+                realm=self.settings.realm,
+                application_key_id=self.settings.key_id,
+                application_key=self.settings.app_key,
+            )
+        bucket = line.api.get_bucket_by_name(self.settings.bucket)
+        if self._is_private is None and bucket.type_ is not None:
+            self._is_private = bucket.type_ == "allPrivate"
+        return bucket
+
+    def _link(self, line: _Line, name: str) -> str:
+        """The object's address on the account's own download host; with a token when the bucket is private."""
+        bucket = self._bucket(line)
+        url: str = bucket.get_download_url(name)
+        if self._is_private is None:
+            self._is_private = self._ask_whether_private(line, url)
+        if not self._is_private:
+            return url
+        token = bucket.get_download_authorization(name, self.settings.link_lifetime_s)
+        return f"{url}?Authorization={quote(token, safe='')}"
+
+    def _ask_whether_private(self, line: _Line, url: str) -> bool:
+        """A key restricted to a bucket is told its name but not its type: ask for it, or see who may read it."""
+        with contextlib.suppress(Unauthorized):
+            return any(bucket.type_ == "allPrivate" for bucket in line.api.list_buckets(self.settings.bucket))
+        return line.session.request("HEAD", url).status_code in {401, 403}
+
+    def _forget(self, problem: Exception) -> None:
+        """Start the next try with a new upload URL; after a refusal also with a new authorization and bucket id."""
+        bucket_id = self._account.get_bucket_id_or_none_from_bucket_name(self.settings.bucket)
+        if bucket_id is not None:
+            self._account.clear_bucket_upload_data(bucket_id)
+        if not _is_passing(problem) or isinstance(problem, InvalidAuthToken):
+            self._account.clear()
+
+    def _reason(self, problem: BaseException) -> str:
+        """Why a try failed, for people: what B2 said, without keys, tokens and addresses."""
+        if isinstance(problem, MaxRetriesExceeded) and problem.exception_info_list:
+            return self._reason(problem.exception_info_list[-1])
+        for kind, text in _REASONS:
+            if isinstance(problem, kind):
+                return text
+        if isinstance(problem, (B2ConnectionError, B2RequestTimeout, OSError)):
+            return f"the {describe(problem)}"  # what it says itself holds whole URLs
+        if isinstance(problem, AssertionError):
+            return "what B2 says it stored has another SHA-1"
+        if not isinstance(problem, B2Error):
+            return f"the answer of B2 could not be understood ({type(problem).__name__})"
+        text = str(problem)
+        for secret in (self.settings.app_key, self.settings.key_id):
+            text = text.replace(secret, "…") if secret else text
+        text = re.sub(r"https?://\S+|\burl: \S+|\S{40,}|\b\d_\S+", "…", text)  # addresses, tokens
+        return f"{type(problem).__name__}: {' '.join(text.split())[:200]}"
+
+
+_REASONS: tuple[tuple[type[BaseException], str], ...] = (
+    (NonExistentBucket, "there is no such bucket"),
+    (BucketIdNotFound, "there is no such bucket"),
+    (RestrictedBucket, "the key is for another bucket"),
+    (StorageCapExceeded, "the account's storage cap is exceeded"),
+    (CapExceeded, "the account's cap on calls is exceeded"),
+    (TooManyRequests, "B2 has too many requests"),
+)
+_REFUSALS = (
+    Unauthorized,
+    NonExistentBucket,
+    BucketIdNotFound,
+    RestrictedBucket,
+    CapExceeded,
+    AccessDenied,
+    NotAllowedByAppKeyError,
+    ClockSkew,
+    UnusableFileName,
+)
+
+
+def _is_passing(problem: BaseException) -> bool:
+    """Whether another try may end otherwise: not when B2 refuses the key, the bucket, the name or the amount."""
+    if isinstance(problem, MaxRetriesExceeded):
+        return any(_is_passing(inner) for inner in problem.exception_info_list)
+    if isinstance(problem, InvalidAuthToken):
+        return True
+    return not isinstance(problem, (*_REFUSALS, ProcessingError))
