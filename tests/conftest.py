@@ -39,6 +39,10 @@ def _environment_restored() -> Iterator[None]:
     assert after == before, "the test left the environment changed"
 
 
+# Written by libraries when they are first imported.
+_OF_LIBRARIES = ("PYTEST_CURRENT_TEST", "TORCH", "TRITON", "KMP_", "PYTORCH", "LD_LIBRARY_PATH", "QT_")
+
+
 def _environment() -> dict[str, str]:
-    """The environment without the variable that pytest itself keeps changing."""
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    """The environment without what pytest and imported libraries keep in it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OF_LIBRARIES)}

@@ -121,7 +121,8 @@ class FeatureFusion(nn.Module):
         """Two (n, ., h, w) maps -> (n, n_out, h, w)."""
         x = self.convblk(torch.cat([first, second], dim=1))
         gate = torch.sigmoid(self.conv2(F.relu(self.conv1(F.adaptive_avg_pool2d(x, 1)))))
-        return x * gate + x
+        y: Tensor = x * gate + x
+        return y
 
 
 class BiseNetOutput(nn.Module):

@@ -67,7 +67,8 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> the same shape."""
-        return x * F.hardsigmoid(self.fc(F.adaptive_avg_pool2d(x, 1)))
+        gate: Tensor = F.hardsigmoid(self.fc(F.adaptive_avg_pool2d(x, 1)))
+        return x * gate
 
 
 class CspLayer(nn.Module):
@@ -146,7 +147,8 @@ class ScaleNorm(nn.Module):
         """(..., n_features) -> the same shape."""
         # In float32: the sum of squares leaves half precision's range.
         length = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True) * self.scale
-        return (x.float() / length.clamp(min=self.eps)).to(x.dtype) * self.g
+        y: Tensor = (x.float() / length.clamp(min=self.eps)).to(x.dtype) * self.g
+        return y
 
 
 class Scale(nn.Module):
@@ -176,12 +178,13 @@ class GatedAttentionUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, k, n_features) -> the same shape."""
-        gate, value, base = F.silu(self.uv(self.ln(x))).split([self.n_hidden, self.n_hidden, self.n_key], dim=-1)
+        gate, value, base = torch.split(F.silu(self.uv(self.ln(x))), [self.n_hidden, self.n_hidden, self.n_key], dim=-1)
         query = base * self.gamma[0] + self.beta[0]
         key = base * self.gamma[1] + self.beta[1]
         weights = F.relu(query @ key.transpose(1, 2) / self.n_key**0.5).square()
         y: Tensor = self.o(gate * (weights @ value))
-        return self.res_scale(x) + y
+        kept: Tensor = self.res_scale(x)
+        return kept + y
 
 
 class RtmccHead(nn.Module):

@@ -1,0 +1,217 @@
+"""Sound to what the UNet listens to: waveform -> Whisper states -> one window per output frame (spec section 2).
+
+Knows nothing of files but the model's own folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import WhisperConfig, WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from errors import MediaError, WeightsError
+from musetalk import weights
+
+SAMPLE_RATE = 16_000
+FEATURE_RATE = 50  # Whisper states per second
+SAMPLES_PER_FEATURE = SAMPLE_RATE // FEATURE_RATE
+CONTEXT_LEFT = 4  # rows before the frame's own two
+WINDOW_ROWS = 10  # 2 * (2 + 2 + 1)
+# Sound longer than Whisper's 30 s is encoded in windows that overlap by this much; each window gives up half of it on
+# either side, so every state has been computed with at least 3 s of sound around it (upstream has none at its joints).
+OVERLAP_S = 6
+# Windows in one pass of the encoder.
+ENCODER_BATCH = 4
+
+
+def n_output_frames(n_samples: int, rate: Fraction) -> int:
+    """Output frames for `n_samples` at 16 kHz: the picture never ends before the sound (spec media.md 3.1).
+
+    Raises MediaError when there is no sound.
+    """
+    if n_samples <= 0:
+        raise MediaError("the audio holds no sound")
+    return max(1, math.ceil(Fraction(n_samples, SAMPLE_RATE) * rate))
+
+
+def n_feature_rows(n_samples: int) -> int:
+    """Whisper states that belong to `n_samples`: one for each whole 20 ms, at least one.
+
+    In upstream's floating-point arithmetic, whose rounding gives one row less at some lengths.
+    """
+    return max(1, math.floor(n_samples / SAMPLE_RATE * FEATURE_RATE))
+
+
+def window_start(index: int, rate: Fraction) -> int:
+    """First feature row of output frame `index` (may be negative): four rows before the frame's own time.
+
+    Exact for any rate; equal to upstream's arithmetic for every whole rate from 25 to 49 (spec section 2).
+    """
+    return math.floor(index * FEATURE_RATE / rate) - CONTEXT_LEFT
+
+
+def audio_windows(features: Tensor, first: int, count: int, rate: Fraction) -> Tensor:
+    """Windows of output frames `first` .. `first + count - 1`: (T, layers, d) -> (count, 10 * layers, d).
+
+    Time-major: token = layers * row + layer. Rows before the start and after the end of the sound are zero.
+    """
+    starts = [window_start(index, rate) for index in range(first, first + count)]
+    rows = np.asarray(starts)[:, None] + np.arange(WINDOW_ROWS)[None, :]
+    return gather_windows(features, rows)
+
+
+def gather_windows(features: Tensor, rows: NDArray[np.integer[Any]]) -> Tensor:
+    """Feature rows by index: (T, layers, d) and (count, w) -> (count, w * layers, d); rows outside 0..T-1 are zero."""
+    n_rows, n_layers, d_model = features.shape
+    inside = (rows >= 0) & (rows < n_rows)
+    index = torch.from_numpy(np.where(inside, rows, 0).astype(np.int64)).to(features.device)
+    keep = torch.from_numpy(inside).to(features.device)
+    windows = features[index] * keep[:, :, None, None].to(features.dtype)
+    return windows.reshape(rows.shape[0], rows.shape[1] * n_layers, d_model)
+
+
+def upstream_window_rows(n_samples: int, fps: float, pad_left: int = 2, pad_right: int = 2) -> NDArray[np.int64]:
+    """The rows upstream reads for each frame, (T, 2 * (left + right + 1)), -1 for a zero row (spec section 2, step 5).
+
+    For comparison only: it truncates fps, shifts its left context with it and gives out at 50 fps. Raises ValueError
+    where upstream exits or raises.
+    """
+    whole_fps = int(fps)
+    n_features = n_feature_rows(n_samples)
+    n_frames = math.floor(n_samples / SAMPLE_RATE * whole_fps)
+    if n_frames < 1:
+        raise ValueError("the sound is shorter than one frame")
+    per_frame = FEATURE_RATE / whole_fps
+    step = math.ceil(per_frame)
+    n_before, n_after, width = step * pad_left, step * 3 * pad_right, 2 * (pad_left + pad_right + 1)
+    starts = np.array([math.floor(index * per_frame) for index in range(n_frames)])
+    padded = starts[:, None] + np.arange(width)[None, :]
+    if padded.max() >= n_before + n_features + n_after:
+        raise ValueError(f"upstream runs out of rows at {fps} fps")
+    rows = padded - n_before
+    return np.where((rows >= 0) & (rows < n_features), rows, -1)
+
+
+class AudioEncoder:
+    """Whisper's encoder with all its states; of any size, as its configuration says."""
+
+    def __init__(
+        self, encoder: WhisperEncoder, extractor: WhisperFeatureExtractor, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._encoder = encoder.to(device=device, dtype=dtype).eval()
+        self._extractor = extractor
+        self._device, self._dtype = device, dtype
+        config = encoder.config
+        self.d_model = int(config.d_model)
+        self.n_layers = int(config.encoder_layers) + 1
+        self._n_positions = int(config.max_source_positions)
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype) -> AudioEncoder:
+        """Read `config.json`, the weights and, where present, `preprocessor_config.json` from `folder`.
+
+        The file may hold the whole Whisper model (`model.encoder.*`) or the encoder alone. Raises WeightsError.
+        """
+        raw = weights.read_config(folder / "config.json")
+        with weights.loading("whisper/config.json"):
+            encoder = WhisperEncoder(WhisperConfig(**{key: raw[key] for key in raw if key != "torch_dtype"}))
+        path = weights.find_weights(folder, ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin"))
+        weights.load_strictly(encoder, _encoder_state(weights.read_state(path), path.name), f"whisper/{path.name}")
+        return cls(encoder, _read_extractor(folder, encoder.config.num_mel_bins), device, dtype)
+
+    @property
+    def window_samples(self) -> int:
+        """Samples the encoder takes in one pass: 480,000 (30 s) for Whisper."""
+        return self._n_positions * SAMPLES_PER_FEATURE
+
+    def mel(self, waveform: NDArray[np.float32]) -> Tensor:
+        """Log-mel spectrogram of at most one window of sound, zero-padded to it: (n,) -> (bins, 2 * positions)."""
+        extracted = self._extractor(
+            waveform, sampling_rate=SAMPLE_RATE, padding="max_length", max_length=self.window_samples
+        )
+        return torch.from_numpy(np.asarray(extracted["input_features"][0], dtype=np.float32))
+
+    @torch.inference_mode()
+    def states(self, mels: Tensor) -> Tensor:
+        """All states of the encoder: (n, bins, 2 * positions) -> (n, positions, layers + 1, d_model).
+
+        The last is taken after the final layer norm, the first is the convolutions' output plus positions.
+        """
+        output = self._encoder(mels.to(self._device, self._dtype), output_hidden_states=True)
+        states = list(output.hidden_states)
+        # Older and newer releases differ in whether the last entry went through the final norm; this one did.
+        states[-1] = output.last_hidden_state
+        return torch.stack(states, dim=2)
+
+    @torch.inference_mode()
+    def features(self, waveform: NDArray[np.float32], *, overlap_s: float = OVERLAP_S) -> Tensor:
+        """Feature rows of a whole waveform, 50 per second: (n,) at 16 kHz -> (T, layers + 1, d_model).
+
+        Sound of at most one window is encoded as upstream does it. Longer sound is cut into windows that overlap by
+        `overlap_s`; 0 gives upstream's pieces. Raises MediaError when there is no sound.
+        """
+        if waveform.ndim != 1 or len(waveform) == 0:
+            raise MediaError("the audio holds no sound")
+        n_rows = n_feature_rows(len(waveform))
+        starts = window_starts(n_rows, self._n_positions, round(overlap_s * FEATURE_RATE))
+        parts: list[Tensor] = []
+        for first in range(0, len(starts), ENCODER_BATCH):
+            chosen = starts[first : first + ENCODER_BATCH]
+            mels = [self.mel(waveform[start * SAMPLES_PER_FEATURE :][: self.window_samples]) for start in chosen]
+            parts.extend(self.states(torch.stack(mels)))
+        kept: list[Tensor] = []
+        for number, (start, states) in enumerate(zip(starts, parts, strict=True)):
+            begin = 0 if number == 0 else (starts[number - 1] + self._n_positions + start) // 2
+            is_last = number == len(starts) - 1
+            end = n_rows if is_last else (start + self._n_positions + starts[number + 1]) // 2
+            kept.append(states[begin - start : end - start])
+        return torch.cat(kept)
+
+
+def window_starts(n_rows: int, n_positions: int, overlap: int) -> list[int]:
+    """First rows of the encoder's windows over `n_rows` rows; consecutive ones share at least `overlap` rows.
+
+    With overlap the last window is moved back to end with the sound, so that it never holds only a few rows.
+    """
+    if n_rows <= n_positions:
+        return [0]
+    hop = n_positions - overlap
+    if hop <= 0:
+        raise ValueError(f"an overlap of {overlap} rows leaves nothing of windows of {n_positions}")
+    starts = list(range(0, n_rows - overlap, hop))
+    if overlap:
+        starts[-1] = min(starts[-1], n_rows - n_positions)
+    return starts
+
+
+def _encoder_state(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The encoder's tensors of a full or an encoder-only checkpoint, without their prefix."""
+    for prefix in ("model.encoder.", "encoder."):
+        found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if found:
+            return found
+    raise WeightsError(f"{name} holds no Whisper encoder (no key starts with model.encoder. or encoder.)", file=name)
+
+
+def _read_extractor(folder: Path, n_bins: int) -> WhisperFeatureExtractor:
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return WhisperFeatureExtractor(feature_size=n_bins)
+    # The stored file may carry the mel filters themselves; they follow from the sizes, so only those are taken.
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    names = ("feature_size", "sampling_rate", "hop_length", "chunk_length", "n_fft", "padding_value")
+    with weights.loading("whisper/preprocessor_config.json"):
+        extractor = WhisperFeatureExtractor(**{name: raw[name] for name in names if name in raw})
+    if (extractor.sampling_rate, extractor.hop_length) != (SAMPLE_RATE, SAMPLES_PER_FEATURE // 2):
+        raise WeightsError("whisper/preprocessor_config.json is not for 16 kHz and 100 frames a second")
+    return extractor

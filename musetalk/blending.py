@@ -1,0 +1,232 @@
+"""Where the new pixels go: the mask of a face, and pasting a patch under it, in BGR as upstream and in planes, fast.
+
+Masks depend on the source frame alone and are made once for it (spec sections 6 and 7). Knows no networks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from musetalk.frames import Matrix, Planes, UInt8Array, bgr_to_planes, planes_to_bgr
+from musetalk.geometry import Box
+from musetalk.options import MaskMode
+
+_SKIN, _NOSE, _NECK = 1, 10, 14
+_MOUTH = (11, 12, 13)  # mouth, upper lip, lower lip
+_LABELS_PX = 512
+# Of the mask's square only rows from this share on are used: the upper half of the face stays as it is.
+_UPPER_BOUNDARY = 0.5
+
+
+# -- masks ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _cone_kernel() -> UInt8Array:
+    """33x33: centred runs of width 1, 3, .. 21 in rows 10..20, width 21 in rows 21..32 (section 6, jaw 1)."""
+    kernel = np.zeros((33, 33), np.uint8)
+    for row in range(10, 33):
+        half = min(row - 10, 10)
+        kernel[row, 16 - half : 16 + half + 1] = 1
+    return kernel
+
+
+@cache
+def _cheek_kernel() -> UInt8Array:
+    """The ellipse that takes the cheeks' edge away, 35 wide and 3 high."""
+    return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (35, 3)), np.uint8)
+
+
+def cheek_zone(left: int, right: int) -> NDArray[np.bool_]:
+    """Columns outside the free zone around the mouth, both ends included: (512,) true where the cheeks are."""
+    columns = np.arange(_LABELS_PX)
+    centre = _LABELS_PX // 2
+    return (columns <= centre - left) | (columns >= centre + right)
+
+
+def face_mask(labels: UInt8Array, mode: MaskMode, left_cheek: int = 90, right_cheek: int = 90) -> UInt8Array:
+    """Which pixels of the parsed square are redrawn: classes (512, 512) -> 0 or 255 (512, 512).
+
+    `raw` is skin and mouth, `neck` adds the neck, `jaw` grows the skin downwards and upwards, then draws the cheeks
+    back (spec section 6).
+    """
+    mouth = np.isin(labels, _MOUTH)
+    if mode == "raw":
+        chosen = mouth | (labels == _SKIN)
+    elif mode == "neck":
+        chosen = mouth | (labels == _SKIN) | (labels == _NECK)
+    else:
+        skin = np.where(labels == _SKIN, 255, 0).astype(np.uint8)
+        grown = cv2.dilate(skin, _cone_kernel())
+        eroded = cv2.erode(grown, _cheek_kernel(), iterations=2)
+        region = np.where(cheek_zone(left_cheek, right_cheek)[None, :], eroded, grown)
+        chosen = ((region > 0) & (labels != _NOSE)) | mouth
+    return np.where(chosen, 255, 0).astype(np.uint8)
+
+
+def blend_mask(mask: UInt8Array, box: Box, around: Box, *, blur: float = 0.05) -> UInt8Array:
+    """Weight of the patch in the blend box: mask (512, 512) -> soft mask (side, side) uint8 (section 7, steps 2 to 4).
+
+    Only what lies inside the crop box `box` and in the lower half of the blend box `around` is kept, then blurred by a
+    Gaussian of `blur` times the side (upstream: 0.05, in real time 0.1). An empty blend box gives an empty mask.
+    """
+    side_w, side_h = around.width, around.height
+    if side_w <= 0 or side_h <= 0:
+        return np.zeros((max(0, side_h), max(0, side_w)), np.uint8)
+    resized = np.asarray(Image.fromarray(mask).resize((side_w, side_h)), np.uint8)
+    inner = box.shifted(-around.x0, -around.y0).clipped(side_w, side_h)
+    top = max(inner.y0, int(side_h * _UPPER_BOUNDARY))
+    kept = np.zeros_like(resized)
+    kept[top : inner.y1, inner.x0 : inner.x1] = resized[top : inner.y1, inner.x0 : inner.x1]
+    kernel = int(blur * side_w // 2 * 2) + 1
+    return np.asarray(cv2.GaussianBlur(kept, (kernel, kernel), 0), np.uint8)
+
+
+def crop_for_parsing(frame: UInt8Array, around: Box) -> UInt8Array:
+    """The blend box of a BGR frame (H, W, 3) as a picture of its own, black where it leaves the frame."""
+    square = np.zeros((max(1, around.height), max(1, around.width), 3), np.uint8)
+    inside = around.clipped(frame.shape[1], frame.shape[0])
+    if not inside.is_empty:
+        place = inside.shifted(-around.x0, -around.y0)
+        square[place.y0 : place.y1, place.x0 : place.x1] = frame[inside.y0 : inside.y1, inside.x0 : inside.x1]
+    return square
+
+
+# -- pasting in BGR, as upstream --------------------------------------------------------------------------------------
+
+
+def mix(new: UInt8Array, old: UInt8Array, weight: UInt8Array) -> UInt8Array:
+    """`new` over `old` by `weight` 0..255, rounded as Pillow does: t = new*w + old*(255-w) + 128, (t + t/256) / 256."""
+    weighted = new.astype(np.uint32) * weight + old.astype(np.uint32) * (255 - weight.astype(np.uint32)) + 128
+    mixed: UInt8Array = (((weighted >> 8) + weighted) >> 8).astype(np.uint8)
+    return mixed
+
+
+def paste_reference(frame: UInt8Array, patch: UInt8Array, box: Box, mask: UInt8Array, around: Box) -> UInt8Array:
+    """A new BGR frame with `patch` pasted into `box` under `mask`, which lies on the blend box `around` (section 7).
+
+    Bit-equal to upstream, which blends the whole square; parts outside the frame are dropped. `frame` is not changed.
+    """
+    square = crop_for_parsing(frame, around)
+    face = np.asarray(cv2.resize(patch, (box.width, box.height)), np.uint8)
+    place = box.shifted(-around.x0, -around.y0)
+    inside = place.clipped(square.shape[1], square.shape[0])
+    square[inside.y0 : inside.y1, inside.x0 : inside.x1] = face[
+        inside.y0 - place.y0 : inside.y1 - place.y0, inside.x0 - place.x0 : inside.x1 - place.x0
+    ]
+    result: UInt8Array = frame.copy()
+    shown = around.clipped(frame.shape[1], frame.shape[0])
+    if not shown.is_empty:
+        part = shown.shifted(-around.x0, -around.y0)
+        rows, columns = slice(part.y0, part.y1), slice(part.x0, part.x1)
+        result[shown.y0 : shown.y1, shown.x0 : shown.x1] = mix(
+            square[rows, columns],
+            frame[shown.y0 : shown.y1, shown.x0 : shown.x1],
+            mask[rows, columns, None],
+        )
+    return result
+
+
+# -- pasting in planes ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PastePlan:
+    """What pasting into one source frame needs, made once for it.
+
+    `box` is the crop box (the patch's size); `region` the even box that holds every pixel with weight, inside the frame
+    and inside the box grown to even edges; `luma` and `chroma` the weights there, (h, w) and (h/2, w/2) uint8.
+    """
+
+    box: Box
+    region: Box
+    luma: UInt8Array
+    chroma: UInt8Array
+
+    @staticmethod
+    def prepare(mask: UInt8Array, box: Box, around: Box, width: int, height: int) -> PastePlan:
+        """From the soft mask on blend box `around` and the frame's size (even).
+
+        Outside `box` the mask only mixes the frame with itself, so weights there are dropped.
+        """
+        full = around.clipped(width, height)
+        wanted = _intersection(full, box.clipped(width, height))
+        empty = PastePlan(box, Box(0, 0, 0, 0), np.zeros((0, 0), np.uint8), np.zeros((0, 0), np.uint8))
+        if wanted.is_empty:
+            return empty
+        weights = mask[wanted.y0 - around.y0 : wanted.y1 - around.y0, wanted.x0 - around.x0 : wanted.x1 - around.x0]
+        rows, columns = np.flatnonzero(weights.any(axis=1)), np.flatnonzero(weights.any(axis=0))
+        if len(rows) == 0:
+            return empty
+        tight = Box(
+            wanted.x0 + int(columns[0]),
+            wanted.y0 + int(rows[0]),
+            wanted.x0 + int(columns[-1]) + 1,
+            wanted.y0 + int(rows[-1]) + 1,
+        )
+        region = tight.evened()
+        luma = np.zeros((region.height, region.width), np.uint8)
+        place = tight.shifted(-region.x0, -region.y0)
+        luma[place.y0 : place.y1, place.x0 : place.x1] = weights[
+            tight.y0 - wanted.y0 : tight.y1 - wanted.y0, tight.x0 - wanted.x0 : tight.x1 - wanted.x0
+        ]
+        chroma = cv2.resize(luma, (region.width // 2, region.height // 2), interpolation=cv2.INTER_AREA)
+        return PastePlan(box, region, luma, np.asarray(chroma, np.uint8))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The plan as named arrays, for the frame store."""
+        return {"boxes": np.array([self.box, self.region], np.int64), "luma": self.luma, "chroma": self.chroma}
+
+    @staticmethod
+    def from_arrays(named: dict[str, NDArray[Any]]) -> PastePlan:
+        """The plan that `arrays` described."""
+        box, region = (Box(*(int(edge) for edge in row)) for row in named["boxes"])
+        return PastePlan(box, region, named["luma"], named["chroma"])
+
+
+def paste_planes(planes: Planes, plan: PastePlan, patch: UInt8Array, matrix: Matrix) -> None:
+    """Paste a BGR patch (256, 256, 3) into the frame's planes, in place, under the plan's mask.
+
+    Samples whose weight is 0 keep their value exactly. The region's edge pixels outside the crop box are taken from the
+    frame itself, so that chroma there is mixed from what is really beside the patch.
+    """
+    if plan.region.is_empty:
+        return
+    face = cv2.resize(patch, (plan.box.width, plan.box.height), interpolation=cv2.INTER_LINEAR)
+    region, box = plan.region, plan.box
+    place = region.shifted(-box.x0, -box.y0)
+    if place == place.clipped(box.width, box.height):
+        new = np.ascontiguousarray(face[place.y0 : place.y1, place.x0 : place.x1])
+    else:
+        new = planes_to_bgr(planes, matrix, region)
+        inside = place.clipped(box.width, box.height)
+        target = inside.shifted(-place.x0, -place.y0)
+        new[target.y0 : target.y1, target.x0 : target.x1] = face[inside.y0 : inside.y1, inside.x0 : inside.x1]
+    converted, old = bgr_to_planes(np.asarray(new, np.uint8), matrix), planes.region(region)
+    _mix_into(old.y, converted.y, plan.luma)
+    _mix_into(old.u, converted.u, plan.chroma)
+    _mix_into(old.v, converted.v, plan.chroma)
+
+
+def _mix_into(old: UInt8Array, new: UInt8Array, weight: UInt8Array) -> None:
+    """`mix` in place, in 16 bits: 255 * 255 + 128 is the largest sum, and adding its own 256th still fits."""
+    weighted = new.astype(np.uint16)
+    weighted *= weight
+    kept = old.astype(np.uint16)
+    kept *= 255 - weight
+    weighted += kept
+    weighted += 128
+    weighted += weighted >> 8
+    weighted >>= 8
+    old[...] = weighted
+
+
+def _intersection(first: Box, second: Box) -> Box:
+    return Box(max(first.x0, second.x0), max(first.y0, second.y0), min(first.x1, second.x1), min(first.y1, second.y1))

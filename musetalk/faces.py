@@ -1,0 +1,385 @@
+"""Faces in frames: is there one, where are its landmarks, which box is regenerated, what is each pixel of it.
+
+The arithmetic is upstream's (spec sections 5 and 6), batched. Of several faces in a frame the detector's highest score
+counts, and of equal scores the first in the detector's order (finest level first, rows, then columns); the landmarks
+come from the whole frame. Knows nothing of blending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import gaussian_filter1d
+from torch import Tensor, nn
+
+from errors import RequestError
+from musetalk.frames import UInt8Array
+from musetalk.geometry import Box
+from musetalk.networks.rtmpose import INPUT_HEIGHT, INPUT_WIDTH, SPLIT_RATIO
+
+FloatArray = NDArray[np.floating[Any]]
+
+# Keypoints 23..90 of the 133 are the usual 68: 0-16 jaw, 17-26 brows, 27-35 nose, 36-47 eyes, 48-67 mouth.
+FACE_KEYPOINTS = slice(23, 91)
+NOSE_MIDDLE = 29
+
+_POSE_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
+_POSE_STD = np.array([58.395, 57.12, 57.375], np.float32)
+_POSE_PADDING = 1.25
+# Means in B, G, R order taken from R, G, B pixels: the published detector was used this way and is kept so.
+_DETECTOR_MEAN = np.array([104.0, 117.0, 123.0], np.float32)
+_CANDIDATE_SCORE, _FACE_SCORE, _NMS_OVERLAP = 0.05, 0.5, 0.3
+# Pixels the detector takes in one pass: its first layers hold 64 channels of the full size (256 bytes a pixel).
+_DETECTOR_BATCH_PX = 4_000_000
+
+PARSE_PX = 512
+_PARSE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_PARSE_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+MIN_FACE_BOX_PX = 16
+
+
+@dataclass(frozen=True)
+class Face:
+    """One face in one frame: crop box without margin, inside the frame; landmarks (68, 2) in px when known."""
+
+    box: Box
+    landmarks: NDArray[np.float32] | None
+    score: float
+
+
+class FaceFinder(Protocol):
+    """Finds the face of each frame."""
+
+    def find(self, frames: Sequence[UInt8Array], *, bbox_shift: int = 0) -> list[Face | None]:
+        """BGR frames (H, W, 3) of any sizes -> one face or None each."""
+
+
+# -- landmarks ----------------------------------------------------------------------------------------------------
+
+
+def flip_table() -> NDArray[np.int64]:
+    """Partner of each of the 133 keypoints in the mirrored picture (COCO-WholeBody's order)."""
+    table = np.arange(133)
+
+    def swap(first: int, second: int) -> None:
+        table[first], table[second] = second, first
+
+    for left in range(1, 17, 2):  # eyes, ears, shoulders to ankles: left, right, left, right
+        swap(left, left + 1)
+    for offset in range(3):  # three points of each foot
+        swap(17 + offset, 20 + offset)
+    mirrored_runs = (
+        (23, 39),  # jaw
+        (40, 49),  # brows
+        (54, 58),  # nostrils
+        (71, 77),  # upper lip, outer
+        (78, 82),  # lower lip, outer
+        (83, 87),  # upper lip, inner
+        (88, 90),  # lower lip, inner
+    )
+    for first, last in mirrored_runs:
+        table[first : last + 1] = np.arange(last, first - 1, -1)
+    for left, right in ((59, 68), (60, 67), (61, 66), (62, 65), (63, 70), (64, 69)):  # eyelids
+        swap(left, right)
+    for offset in range(21):  # hands
+        swap(91 + offset, 112 + offset)
+    return table
+
+
+def pose_scale(width: int, height: int) -> tuple[float, float]:
+    """Width and height in frame px that the pose network's input shows: the frame, padded to its aspect (5.1)."""
+    scale_w, scale_h = _POSE_PADDING * width, _POSE_PADDING * height
+    aspect = INPUT_WIDTH / INPUT_HEIGHT
+    if scale_w > aspect * scale_h:
+        return scale_w, scale_w / aspect
+    return scale_h * aspect, scale_h
+
+
+def warp_for_pose(frame: UInt8Array) -> UInt8Array:
+    """BGR frame -> what the pose network sees of it, BGR uint8 (384, 288, 3), black around the frame."""
+    height, width = frame.shape[:2]
+    factor = INPUT_WIDTH / pose_scale(width, height)[0]
+    matrix = np.array(
+        [
+            [factor, 0.0, INPUT_WIDTH / 2 - factor * width / 2],
+            [0.0, factor, INPUT_HEIGHT / 2 - factor * height / 2],
+        ]
+    )
+    return np.asarray(cv2.warpAffine(frame, matrix, (INPUT_WIDTH, INPUT_HEIGHT), flags=cv2.INTER_LINEAR), np.uint8)
+
+
+def pose_input(warped: UInt8Array) -> NDArray[np.float32]:
+    """Warped BGR picture (384, 288, 3) -> normalised RGB (3, 384, 288)."""
+    rgb = (warped[..., ::-1].astype(np.float32) - _POSE_MEAN) / _POSE_STD
+    return np.ascontiguousarray(rgb.transpose(2, 0, 1))
+
+
+def decode_simcc(simcc_x: FloatArray, simcc_y: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Bins (..., k, 576) and (..., k, 768) -> keypoints (..., k, 2) in input px and scores (..., k).
+
+    The score is the smaller of the two maxima; where it is not positive both coordinates are -1 before scaling (5.2).
+    """
+    scores = np.minimum(simcc_x.max(-1), simcc_y.max(-1))
+    keypoints = np.stack([simcc_x.argmax(-1), simcc_y.argmax(-1)], axis=-1).astype(np.float32)
+    keypoints[scores <= 0] = -1
+    return keypoints / SPLIT_RATIO, scores
+
+
+def keypoints_in_frame(keypoints: FloatArray, width: int, height: int) -> NDArray[np.float64]:
+    """Keypoints in input px -> frame px, float64."""
+    scale = np.array(pose_scale(width, height))
+    size = np.array([INPUT_WIDTH, INPUT_HEIGHT], np.float64)
+    centre = np.array([width / 2, height / 2])
+    points: NDArray[np.float64] = keypoints.astype(np.float64) / size * scale + centre - scale / 2
+    return points
+
+
+# -- detection --------------------------------------------------------------------------------------------------------
+
+
+def detector_input(frame: UInt8Array) -> NDArray[np.float32]:
+    """BGR frame (H, W, 3) -> RGB minus means (3, H, W)."""
+    return np.ascontiguousarray((frame[..., ::-1].astype(np.float32) - _DETECTOR_MEAN).transpose(2, 0, 1))
+
+
+def decode_detections(heads: Sequence[Tensor]) -> list[NDArray[np.float32]]:
+    """The detector's 12 maps for n frames -> per frame candidates (m, 5): x0, y0, x1, y1, score, score > 0.05 (5.3).
+
+    In the order of levels, rows and columns.
+    """
+    n_frames = heads[0].shape[0]
+    found: list[list[NDArray[np.float32]]] = [[] for _ in range(n_frames)]
+    for level in range(len(heads) // 2):
+        scores = heads[2 * level].float().softmax(dim=1)[:, 1].cpu().numpy()
+        offsets = heads[2 * level + 1].float().cpu().numpy()
+        stride = 2.0 ** (level + 2)
+        anchor = stride * 4
+        for index in range(n_frames):
+            rows, columns = np.nonzero(scores[index] > _CANDIDATE_SCORE)
+            dx, dy, dw, dh = offsets[index][:, rows, columns]
+            centre_x = stride / 2 + columns * stride + dx * 0.1 * anchor
+            centre_y = stride / 2 + rows * stride + dy * 0.1 * anchor
+            with np.errstate(over="ignore"):
+                width, height = anchor * np.exp(dw * 0.2), anchor * np.exp(dh * 0.2)
+            x0, y0 = centre_x - width / 2, centre_y - height / 2
+            candidates = np.stack([x0, y0, x0 + width, y0 + height, scores[index][rows, columns]], axis=1)
+            found[index].append(candidates.astype(np.float32))
+    return [np.concatenate(levels) for levels in found]
+
+
+def overlaps(box: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Intersection over union of one box (>= 4,) with others (m, >= 4); edges count as pixels (+1, section 5.3)."""
+    width = np.minimum(box[2], others[:, 2]) - np.maximum(box[0], others[:, 0]) + 1
+    height = np.minimum(box[3], others[:, 3]) - np.maximum(box[1], others[:, 1]) + 1
+    shared = np.maximum(0.0, width) * np.maximum(0.0, height)
+    area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
+    areas = (others[:, 2] - others[:, 0] + 1) * (others[:, 3] - others[:, 1] + 1)
+    shares: NDArray[np.float32] = shared / (area + areas - shared)
+    return shares
+
+
+def nms(candidates: NDArray[np.float32], limit: float = _NMS_OVERLAP) -> NDArray[np.int64]:
+    """Greedy non-maximum suppression of (m, 5) candidates: kept indices, by falling score.
+
+    Of equal scores the earlier candidate comes first; upstream leaves that to an unstable sort.
+    """
+    order = np.argsort(-candidates[:, 4], kind="stable")
+    kept: list[int] = []
+    while len(order):
+        best, rest = order[0], order[1:]
+        kept.append(int(best))
+        order = rest[overlaps(candidates[best], candidates[rest]) <= limit]
+    return np.asarray(kept, np.int64)
+
+
+def best_detection(candidates: NDArray[np.float32]) -> tuple[Box, float] | None:
+    """The frame's face among its candidates (m, 5), negatives cut to 0 and truncated; None without one above 0.5."""
+    kept = candidates[nms(candidates)]
+    kept = kept[kept[:, 4] > _FACE_SCORE]
+    if len(kept) == 0:
+        return None
+    best = kept[0]
+    x0, y0, x1, y1 = (int(max(0.0, float(edge))) for edge in best[:4])
+    return Box(x0, y0, x1, y1), float(best[4])
+
+
+def box_from_landmarks(landmarks: NDArray[np.integer[Any]], detected: Box, bbox_shift: int = 0) -> Box:
+    """The box upstream makes of 68 int landmarks (68, 2) and the detector's box; not yet clipped to the frame (5.4).
+
+    Symmetric about nose point 29 (moved by `bbox_shift` px) unless cut at 0; the detector's box where that is no box.
+    """
+    points = landmarks.copy()
+    points[NOSE_MIDDLE, 1] += bbox_shift
+    middle = int(points[NOSE_MIDDLE, 1])
+    half = int(points[:, 1].max()) - middle
+    box = Box(int(points[:, 0].min()), max(0, middle - half), int(points[:, 0].max()), int(points[:, 1].max()))
+    return detected if box.is_empty or box.x0 < 0 else box
+
+
+class PoseFaceFinder:
+    """Upstream's rule: S3FD says whether there is a face, RTMPose's landmarks say where its box is."""
+
+    def __init__(
+        self, pose: nn.Module, detector: nn.Module, *, device: torch.device, dtype: torch.dtype, batch_size: int = 8
+    ) -> None:
+        self._pose, self._detector = pose, detector
+        self._device, self._dtype, self._batch_size = device, dtype, batch_size
+        self._flip = torch.from_numpy(flip_table()).to(device)
+
+    def find(self, frames: Sequence[UInt8Array], *, bbox_shift: int = 0) -> list[Face | None]:
+        """BGR frames of any sizes -> one face or None each; boxes are clipped to their frame."""
+        detected = self._detect(frames)
+        with_face = [index for index, box in enumerate(detected) if box is not None]
+        landmarks = dict(zip(with_face, self._landmarks([frames[index] for index in with_face]), strict=True))
+        faces: list[Face | None] = []
+        for index, (frame, found) in enumerate(zip(frames, detected, strict=True)):
+            if found is None:
+                faces.append(None)
+                continue
+            points = landmarks[index].astype(np.int32)
+            box = box_from_landmarks(points, found[0], bbox_shift).clipped(frame.shape[1], frame.shape[0])
+            faces.append(None if box.is_empty else Face(box, points.astype(np.float32), found[1]))
+        return faces
+
+    @torch.inference_mode()
+    def _detect(self, frames: Sequence[UInt8Array]) -> list[tuple[Box, float] | None]:
+        results: list[tuple[Box, float] | None] = []
+        first = 0
+        while first < len(frames):
+            shape = frames[first].shape
+            most = max(1, min(self._batch_size, _DETECTOR_BATCH_PX // (shape[0] * shape[1])))
+            last = first + 1
+            while last < len(frames) and last - first < most and frames[last].shape == shape:
+                last += 1
+            batch = np.stack([detector_input(frame) for frame in frames[first:last]])
+            heads = self._detector(torch.from_numpy(batch).to(self._device, self._dtype))
+            results += [best_detection(candidates) for candidates in decode_detections(heads)]
+            first = last
+        return results
+
+    @torch.inference_mode()
+    def _landmarks(self, frames: Sequence[UInt8Array]) -> list[NDArray[np.float64]]:
+        """The 68 face landmarks of each frame in its px, (68, 2)."""
+        results: list[NDArray[np.float64]] = []
+        for first in range(0, len(frames), self._batch_size):
+            chosen = frames[first : first + self._batch_size]
+            batch = torch.from_numpy(np.stack([pose_input(warp_for_pose(frame)) for frame in chosen]))
+            simcc_x, simcc_y = self.simcc(batch.to(self._device, self._dtype))
+            keypoints, _ = decode_simcc(simcc_x.float().cpu().numpy(), simcc_y.float().cpu().numpy())
+            for frame, points in zip(chosen, keypoints, strict=True):
+                results.append(keypoints_in_frame(points, frame.shape[1], frame.shape[0])[FACE_KEYPOINTS])
+        return results
+
+    @torch.inference_mode()
+    def simcc(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Pose bins of normalised pictures (n, 3, 384, 288), averaged with those of the mirrored pictures (5.2)."""
+        simcc_x, simcc_y = self._pose(torch.cat([batch, batch.flip(3)]))
+        n_frames = len(batch)
+        mirrored_x = simcc_x[n_frames:, self._flip].flip(2)
+        mirrored_y = simcc_y[n_frames:, self._flip]
+        return (simcc_x[:n_frames] + mirrored_x) * 0.5, (simcc_y[:n_frames] + mirrored_y) * 0.5
+
+
+def fixed_face(face_box: tuple[int, int, int, int], width: int, height: int) -> Face:
+    """The face a job names itself, the same in every frame, clipped to a frame of `width` x `height` px.
+
+    Raises RequestError when less than 16 x 16 px of it lie inside the frame.
+    """
+    box = Box(*face_box).clipped(width, height)
+    if box.width < MIN_FACE_BOX_PX or box.height < MIN_FACE_BOX_PX:
+        raise RequestError(
+            f"params.face_box must hold at least {MIN_FACE_BOX_PX} x {MIN_FACE_BOX_PX} px of the {width} x {height} "
+            "picture",
+            field="params.face_box",
+        )
+    return Face(box, None, 1.0)
+
+
+# -- over time --------------------------------------------------------------------------------------------------------
+
+
+def fill_gaps(faces: Sequence[Face | None], max_gap: int) -> list[Face | None]:
+    """Interpolate gaps of at most `max_gap` frames between two found faces; longer ones and the ends stay None."""
+    filled = list(faces)
+    previous: int | None = None
+    for index, face in enumerate(faces):
+        if face is None:
+            continue
+        if previous is not None and 1 < index - previous <= max_gap + 1:
+            before = faces[previous]
+            assert before is not None
+            for between in range(previous + 1, index):
+                filled[between] = _between(before, face, (between - previous) / (index - previous))
+        previous = index
+    return filled
+
+
+def _between(first: Face, second: Face, share: float) -> Face:
+    edges = [round(a + (b - a) * share) for a, b in zip(first.box, second.box, strict=True)]
+    landmarks = None
+    if first.landmarks is not None and second.landmarks is not None:
+        landmarks = (first.landmarks + (second.landmarks - first.landmarks) * np.float32(share)).astype(np.float32)
+    return Face(Box(*edges), landmarks, min(first.score, second.score))
+
+
+def smooth_boxes(faces: Sequence[Face | None], sigma_frames: float) -> list[Face | None]:
+    """Boxes averaged over time with a Gaussian, each unbroken run for itself; 0 leaves all as it is.
+
+    A run's ends repeat their outermost box, so a face that does not move keeps its box exactly.
+    """
+    smoothed = list(faces)
+    if sigma_frames <= 0:
+        return smoothed
+    first = 0
+    while first < len(faces):
+        if faces[first] is None:
+            first += 1
+            continue
+        last = first
+        run: list[Face] = []
+        while last < len(faces) and (face := faces[last]) is not None:
+            run.append(face)
+            last += 1
+        edges = np.array([face.box for face in run], np.float64)
+        means = np.rint(gaussian_filter1d(edges, sigma_frames, axis=0, mode="nearest")).astype(int)
+        for offset, (face, row) in enumerate(zip(run, means, strict=True)):
+            smoothed[first + offset] = replace(face, box=Box(*(int(edge) for edge in row)))
+        first = last
+    return smoothed
+
+
+# -- parsing ----------------------------------------------------------------------------------------------------------
+
+
+def parse_input(crop: UInt8Array) -> NDArray[np.float32]:
+    """Square BGR crop -> normalised RGB (3, 512, 512); Pillow's antialiased bilinear resize, as trained (6)."""
+    picture = Image.fromarray(np.ascontiguousarray(crop[..., ::-1])).resize(
+        (PARSE_PX, PARSE_PX), Image.Resampling.BILINEAR
+    )
+    rgb = (np.asarray(picture, np.float32) / np.float32(255) - _PARSE_MEAN) / _PARSE_STD
+    return np.ascontiguousarray(rgb.transpose(2, 0, 1))
+
+
+class FaceParser:
+    """Says of each pixel of a face what it belongs to."""
+
+    def __init__(self, network: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+        self._network, self._device, self._dtype = network, device, dtype
+
+    @torch.inference_mode()
+    def labels(self, crops: Sequence[UInt8Array]) -> NDArray[np.uint8]:
+        """Square BGR crops of any sizes -> classes uint8 (n, 512, 512)."""
+        if not crops:
+            return np.zeros((0, PARSE_PX, PARSE_PX), np.uint8)
+        batch = torch.from_numpy(np.stack([parse_input(crop) for crop in crops]))
+        scores = self._network(batch.to(self._device, self._dtype))
+        labels: NDArray[np.uint8] = scores.argmax(dim=1).to(torch.uint8).cpu().numpy()
+        return labels

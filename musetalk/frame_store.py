@@ -1,0 +1,123 @@
+"""Prepared source frames kept for a second showing: in memory up to a budget, beyond it in one scratch file.
+
+The backwards leg of a short source needs every frame again in any order, and a minute of 1080p is four gigabytes.
+Knows only named arrays.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from errors import DiskFullError
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where one array lies in the scratch file."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+class FrameStore:
+    """Records of named arrays by number; use in a `with` block."""
+
+    def __init__(self, folder: Path, *, memory_bytes: int, disk_bytes: int) -> None:
+        """Up to `memory_bytes` are held in memory, up to `disk_bytes` in a file in `folder` that has no name."""
+        self._folder, self._memory_bytes, self._disk_bytes = folder, memory_bytes, disk_bytes
+        self._in_memory: dict[int, dict[str, NDArray[Any]]] = {}
+        self._on_disk: dict[int, dict[str, _Place]] = {}
+        self.memory_used = 0
+        self.disk_used = 0
+        self._file: int | None = None
+
+    def __enter__(self) -> FrameStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._in_memory) + len(self._on_disk)
+
+    def put(self, number: int, arrays: Arrays) -> None:
+        """Keep a record under `number`; a record that is there already stays (it is the same picture).
+
+        The arrays must not be written to afterwards. Raises DiskFullError when neither budget has room, or the disk.
+        """
+        if number in self._in_memory or number in self._on_disk:
+            return
+        size = sum(array.nbytes for array in arrays.values())
+        if self.memory_used + size <= self._memory_bytes:
+            self._in_memory[number] = dict(arrays)
+            self.memory_used += size
+            return
+        if self.disk_used + size > self._disk_bytes:
+            raise DiskFullError(
+                "the source has more frames than the memory and scratch budgets hold",
+                retryable=False,
+                frames_kept=len(self),
+                scratch_bytes=self._disk_bytes,
+            )
+        self._on_disk[number] = {name: self._write(array) for name, array in arrays.items()}
+
+    def get(self, number: int) -> dict[str, NDArray[Any]]:
+        """The record kept under `number`; KeyError when there is none."""
+        if number in self._in_memory:
+            return self._in_memory[number]
+        return {name: self._read(place) for name, place in self._on_disk[number].items()}
+
+    def close(self) -> None:
+        """Give memory and disk back; safe to call twice."""
+        self._in_memory.clear()
+        self._on_disk.clear()
+        self.memory_used = self.disk_used = 0
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _write(self, array: NDArray[Any]) -> _Place:
+        if self._file is None:
+            self._file, name = tempfile.mkstemp(prefix="frames-", dir=self._folder)
+            # Without a name the file is gone with the process, however that ends.
+            os.unlink(name)
+        place = _Place(self.disk_used, array.shape, array.dtype)
+        data = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+        written = 0
+        try:
+            while written < len(data):
+                written += os.pwrite(self._file, data[written:], place.offset + written)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise DiskFullError("the disk is full; frames of the source could not be kept") from None
+            raise
+        self.disk_used += len(data)
+        return place
+
+    def _read(self, place: _Place) -> NDArray[Any]:
+        assert self._file is not None
+        array = np.empty(place.shape, place.dtype)
+        if array.size:
+            view = memoryview(array).cast("B")
+            done = 0
+            while done < len(view):
+                count = os.preadv(self._file, [view[done:]], place.offset + done)
+                if count == 0:
+                    raise OSError(errno.EIO, "the scratch file is shorter than what was written")
+                done += count
+        return array

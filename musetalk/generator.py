@@ -1,0 +1,216 @@
+"""The UNet between the two halves of the VAE: crops -> latents; latents and audio windows -> patches (spec section 3).
+
+All sizes come from the configurations beside the weights. Knows no files of pictures or sound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from errors import ProcessingError, WeightsError
+from musetalk import weights
+from musetalk.frames import UInt8Array
+from musetalk.geometry import Box
+
+
+def crop_patch(frame: UInt8Array, box: Box, size_px: int) -> UInt8Array:
+    """The part of a BGR picture inside `box`, stretched to (size_px, size_px, 3) with Lanczos; aspect is not kept.
+
+    `box` must lie inside the picture and hold at least one pixel (ValueError).
+    """
+    if box.is_empty or box != box.clipped(frame.shape[1], frame.shape[0]):
+        raise ValueError(f"crop box {tuple(box)} is empty or outside {frame.shape[1]}x{frame.shape[0]}")
+    crop = frame[box.y0 : box.y1, box.x0 : box.x1]
+    return np.asarray(cv2.resize(crop, (size_px, size_px), interpolation=cv2.INTER_LANCZOS4), dtype=np.uint8)
+
+
+@cache
+def positional_encoding(n_tokens: int, d_model: int) -> Tensor:
+    """The sine/cosine table that tells audio tokens apart, float32 (n_tokens, d_model).
+
+    sin on even, cos on odd channels, base 10000 (Vaswani et al. 2017, section 3.5; spec section 2, step 6).
+    """
+    position = np.arange(n_tokens, dtype=np.float64)[:, None]
+    scale = np.exp(np.arange(0, d_model, 2, dtype=np.float64) * (-math.log(10000.0) / d_model))
+    table = np.zeros((n_tokens, d_model))
+    table[:, 0::2] = np.sin(position * scale)
+    table[:, 1::2] = np.cos(position * scale)[:, : d_model // 2]
+    return torch.from_numpy(table.astype(np.float32))
+
+
+class Generator:
+    """UNet and VAE on one device; shapes below are those of the official weights."""
+
+    def __init__(
+        self, unet: UNet2DConditionModel, vae: AutoencoderKL, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Raises WeightsError when the two do not belong together."""
+        # On a GPU the convolutions want channels last; on a CPU torch's group norm loses three digits in that layout.
+        self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self._unet, self._vae = (self._placed(network, device, dtype) for network in (unet, vae))
+        self._device, self._dtype = device, dtype
+        self._scaling = float(vae.config.scaling_factor)
+        n_latent = int(vae.config.latent_channels)
+        if unet.config.in_channels != 2 * n_latent or unet.config.out_channels != n_latent:
+            raise WeightsError(
+                f"UNet ({unet.config.in_channels} -> {unet.config.out_channels} channels) and VAE ({n_latent} latent "
+                "channels) do not belong together"
+            )
+        self.crop_px = int(vae.config.sample_size)
+        self.latent_px = self.crop_px // 2 ** (len(vae.config.block_out_channels) - 1)
+        self.latent_shape = (2 * n_latent, self.latent_px, self.latent_px)
+
+    def _placed(self, network: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+        # torch's own method: diffusers' warns about precisions that these networks do not have.
+        placed = nn.Module.to(network, device=device, dtype=dtype, memory_format=self._layout)  # type: ignore[call-overload]
+        return placed.eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls,
+        unet_config: Mapping[str, Any],
+        unet_state: Mapping[str, Tensor],
+        vae_dir: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        unet_name: str = "the UNet",
+    ) -> Generator:
+        """Build both networks from their configurations and load them strictly; raises WeightsError.
+
+        `unet_name` names the UNet's file in errors.
+        """
+        with weights.loading("musetalk.json"):
+            unet = UNet2DConditionModel(**dict(unet_config))
+        weights.load_strictly(unet, unet_state, unet_name)
+        return cls(unet, load_vae(vae_dir), device=device, dtype=dtype)
+
+    def check_audio_width(self, d_model: int) -> None:
+        """Raises WeightsError when the UNet listens to features of another width than `d_model`."""
+        wanted = self._unet.config.cross_attention_dim
+        if wanted != d_model:
+            raise WeightsError(f"the UNet listens to features of width {wanted}, Whisper gives {d_model}")
+
+    @torch.inference_mode()
+    def moments(self, crops: UInt8Array) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the VAE's posterior for both views of BGR crops (n, 256, 256, 3).
+
+        Each (2, n, 4, 32, 32): [0] with the lower half black (rows 128 and on at -1), [1] whole. Unscaled.
+        """
+        pixels = torch.from_numpy(np.ascontiguousarray(crops)).to(self._device)
+        rgb = pixels.flip(-1).permute(0, 3, 1, 2).to(torch.float32) / 255.0
+        masked = rgb.clone()
+        masked[:, :, rgb.shape[2] // 2 :] = 0.0
+        views = ((torch.cat([masked, rgb]) - 0.5) / 0.5).to(self._dtype)
+        posterior = self._vae.encode(views.contiguous(memory_format=self._layout)).latent_dist
+        shape = (2, len(crops), *posterior.mean.shape[1:])
+        return posterior.mean.reshape(shape), posterior.logvar.reshape(shape)
+
+    @torch.inference_mode()
+    def encode(self, crops: UInt8Array) -> Tensor:
+        """BGR crops uint8 (n, 256, 256, 3) -> source latents (n, 8, 32, 32): masked, then reference, scaled.
+
+        The posterior's mode, as in training; sampling would make the mouth flicker (spec section 3).
+        """
+        mean, _ = self.moments(crops)
+        return torch.cat([mean[0], mean[1]], dim=1) * self._scaling
+
+    @torch.inference_mode()
+    def predict(self, latents: Tensor, windows: Tensor) -> Tensor:
+        """Source latents (n, 8, 32, 32), audio windows (n, 50, 384) -> predicted latents (n, 4, 32, 32); one pass."""
+        return self._predict(self._unet, latents, windows, self._dtype)
+
+    def _predict(self, unet: UNet2DConditionModel, latents: Tensor, windows: Tensor, dtype: torch.dtype) -> Tensor:
+        windows = windows.to(self._device, dtype)
+        table = positional_encoding(windows.shape[1], windows.shape[2]).to(self._device, dtype)
+        latents = latents.to(self._device, dtype).contiguous(memory_format=self._layout)
+        timestep = torch.zeros((), dtype=torch.long, device=self._device)
+        predicted = unet(latents, timestep, encoder_hidden_states=windows + table, return_dict=False)[0]
+        return torch.as_tensor(predicted)
+
+    @torch.inference_mode()
+    def decode(self, predicted: Tensor) -> Tensor:
+        """Predicted latents (n, 4, 32, 32) -> pictures float32 (n, 3, 256, 256), RGB, 0..1 before clamping."""
+        return self._decode(self._vae, predicted.to(self._device, self._dtype))
+
+    def _decode(self, vae: AutoencoderKL, predicted: Tensor) -> Tensor:
+        pictures = vae.decode(predicted / self._scaling, return_dict=False)[0]
+        return torch.as_tensor(pictures).float() / 2 + 0.5
+
+    @torch.inference_mode()
+    def generate(self, latents: Tensor, windows: Tensor) -> NDArray[np.uint8]:
+        """Source latents (n, 8, 32, 32) and audio windows (n, 50, 384) -> patches uint8 (n, 256, 256, 3), BGR.
+
+        A chunk that half precision turns into NaN is computed once more in float32; raises ProcessingError when the
+        result is not finite then either.
+        """
+        pictures = self.decode(self.predict(latents, windows))
+        if not bool(torch.isfinite(pictures).all()):
+            pictures = self._generate_in_float32(latents, windows)
+        return to_bgr(pictures)
+
+    def _generate_in_float32(self, latents: Tensor, windows: Tensor) -> Tensor:
+        if self._dtype != torch.float32:
+            try:
+                unet, vae = self._unet.float(), self._vae.float()
+                pictures = self._decode(vae, self._predict(unet, latents, windows, torch.float32))
+            finally:
+                # The same modules serve every job: back to what they were.
+                for network in (self._unet, self._vae):
+                    self._placed(network, self._device, self._dtype)
+            if bool(torch.isfinite(pictures).all()):
+                return pictures
+        raise ProcessingError("the networks gave values that are not finite", retryable=False)
+
+
+def to_bgr(pictures: Tensor) -> NDArray[np.uint8]:
+    """RGB float (n, 3, h, w) in 0..1 -> BGR uint8 (n, h, w, 3): clamped, rounded half to even."""
+    levels = (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
+    bgr: NDArray[np.uint8] = levels.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return bgr
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """The VAE in `folder`: `config.json` beside `diffusion_pytorch_model.safetensors` or `.bin`.
+
+    Raises WeightsError for a missing, cut or foreign file.
+    """
+    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    path = weights.find_weights(folder, names)
+    # Read once by our own loader, so that a broken file is told in our words; diffusers then gets the same tensors.
+    state = weights.read_state(path)
+    config = weights.read_config(folder / "config.json")
+    name = f"{folder.name}/{path.name}"
+    with weights.loading(f"{folder.name}/config.json"):
+        vae = AutoencoderKL(**config)
+    weights.load_strictly(vae, modern_vae_keys(state), name)
+    return vae
+
+
+# The attention of the VAE's middle block before and after diffusers 0.15; the old layers may be 1x1 convolutions.
+_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def modern_vae_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """VAE tensors under today's names; those of a checkpoint of the diffusers 0.4 era are renamed (spec section 1)."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        head, _, last = key.rpartition(".")
+        base, _, layer = head.rpartition(".")
+        if ".attentions." in key and layer in _ATTENTION_NAMES:
+            key = f"{base}.{_ATTENTION_NAMES[layer]}.{last}"  # noqa: PLW2901 - the same tensor under its new name
+            if last == "weight" and value.ndim == 4:
+                value = value[:, :, 0, 0]  # noqa: PLW2901 - a 1x1 convolution is this linear layer
+        renamed[key] = value
+    return renamed

@@ -1,0 +1,362 @@
+"""Weight files: which there are, where they come from, and how they become tensors without running anything in them.
+
+Layout and figures: spec section 1. A file that is missing, cut short or of another network is one WeightsError that
+names it, what was expected and how to get it. Knows no networks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from errors import WeightsError
+
+ModelVersion = Literal["v15", "v1"]
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of the official layout; `n_bytes` and `sha256` (full, or its first digits) where they are known."""
+
+    name: str
+    source: str
+    purpose: str
+    n_bytes: int | None = None
+    sha256: str | None = None
+    versions: tuple[ModelVersion, ...] = ("v15", "v1")
+
+
+_MUSETALK = "Hugging Face TMElyralab/MuseTalk"
+_VAE = "Hugging Face stabilityai/sd-vae-ft-mse"
+_WHISPER = "Hugging Face openai/whisper-tiny"
+
+MANIFEST: tuple[WeightFile, ...] = (
+    WeightFile(
+        "musetalkV15/unet.pth",
+        _MUSETALK,
+        "UNet of MuseTalk v1.5",
+        3_400_074_924,
+        "7ebf6c98c181e20838e4c0054e96e944ac60d5d692cc01db42839fe11b787007",
+        ("v15",),
+    ),
+    WeightFile(
+        "musetalkV15/musetalk.json", _MUSETALK, "configuration of the v1.5 UNet", 748, "5b6923aee04d7169", ("v15",)
+    ),
+    WeightFile("musetalk/pytorch_model.bin", _MUSETALK, "UNet of MuseTalk v1.0", versions=("v1",)),
+    WeightFile("musetalk/musetalk.json", _MUSETALK, "configuration of the v1.0 UNet", versions=("v1",)),
+    WeightFile("sd-vae/config.json", _VAE, "configuration of the VAE"),
+    WeightFile("sd-vae/diffusion_pytorch_model.bin", _VAE, "VAE", 334_707_217, "1b4889b6b1d4ce7a"),
+    WeightFile("whisper/config.json", _WHISPER, "configuration of Whisper"),
+    WeightFile("whisper/pytorch_model.bin", _WHISPER, "Whisper (its encoder is used)", 151_095_027, "9607f98a2b22d9e2"),
+    WeightFile(
+        "dwpose/dw-ll_ucoco_384.pth",
+        "Hugging Face yzd-v/DWPose",
+        "landmarks (RTMPose-l, whole body)",
+        406_878_486,
+        "0d9408b13cd863c4",
+    ),
+    WeightFile(
+        "face-parse-bisent/79999_iter.pth",
+        "Hugging Face ManyOtherFunctions/face-parse-bisent",
+        "face parsing (BiSeNet)",
+        53_289_463,
+        "468e13ca13a9b43c",
+    ),
+    WeightFile(
+        "s3fd-619a316812.pth",
+        "the face-alignment project's site (its S3FD detector)",
+        "face detection (S3FD)",
+        sha256="619a316812",
+    ),
+)
+
+# Other places and names the same file is found under, tried in this order after the official one.
+_ALSO: dict[str, tuple[str, ...]] = {
+    "sd-vae/diffusion_pytorch_model.bin": ("sd-vae/diffusion_pytorch_model.safetensors",),
+    "whisper/pytorch_model.bin": ("whisper/model.safetensors",),
+    "s3fd-619a316812.pth": (
+        "s3fd/s3fd-619a316812.pth",
+        "s3fd/s3fd.pth",
+        "s3fd.pth",
+        "face_detection/s3fd.pth",
+        "hub/checkpoints/s3fd-619a316812.pth",
+    ),
+    "musetalkV15/unet.pth": ("musetalkV15/diffusion_pytorch_model.safetensors",),
+    "musetalk/pytorch_model.bin": ("musetalk/diffusion_pytorch_model.safetensors",),
+}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the files of one version lie."""
+
+    unet: Path
+    unet_config: Path
+    vae_dir: Path
+    whisper_dir: Path
+    pose: Path
+    detector: Path
+    parsing: Path
+
+
+def locate(models_dir: Path, version: ModelVersion) -> ModelFiles:
+    """Find the files of `version` under `models_dir`; a `.safetensors` file of the same name is preferred.
+
+    Raises WeightsError that lists every missing file with its size, purpose and source.
+    """
+    found: dict[str, Path] = {}
+    missing: list[WeightFile] = []
+    for entry in MANIFEST:
+        if version not in entry.versions:
+            continue
+        path = _find(models_dir, entry.name)
+        if path is None:
+            missing.append(entry)
+        else:
+            found[entry.purpose] = path
+    if missing:
+        lines = "; ".join(f"{entry.name} ({_expected(entry)})" for entry in missing)
+        raise WeightsError(
+            f"{len(missing)} of the model files are missing under the models folder: {lines}",
+            missing=[entry.name for entry in missing],
+        )
+    unet = "UNet of MuseTalk v1.5" if version == "v15" else "UNet of MuseTalk v1.0"
+    config = "configuration of the v1.5 UNet" if version == "v15" else "configuration of the v1.0 UNet"
+    return ModelFiles(
+        unet=found[unet],
+        unet_config=found[config],
+        vae_dir=found["configuration of the VAE"].parent,
+        whisper_dir=found["configuration of Whisper"].parent,
+        pose=found["landmarks (RTMPose-l, whole body)"],
+        detector=found["face detection (S3FD)"],
+        parsing=found["face parsing (BiSeNet)"],
+    )
+
+
+def _find(models_dir: Path, name: str) -> Path | None:
+    official = models_dir / name
+    candidates = [official]
+    if official.suffix != ".json":
+        candidates.insert(0, official.with_suffix(".safetensors"))
+    candidates += [models_dir / other for other in _ALSO.get(name, ())]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def find_weights(folder: Path, names: tuple[str, ...]) -> Path:
+    """The first of `names` that exists in `folder`; raises WeightsError that lists them."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsError(f"{folder.name} holds none of {', '.join(names)}", file=folder.name)
+
+
+def _expected(entry: WeightFile) -> str:
+    size = f"{entry.n_bytes:,} bytes, " if entry.n_bytes else ""
+    return f"{size}{entry.purpose}, from {entry.source}"
+
+
+def _advice(path: Path) -> str:
+    """What the manifest knows of a file, for messages about it."""
+    for entry in MANIFEST:
+        if Path(entry.name).stem == path.stem or path.name in [Path(other).name for other in _ALSO.get(entry.name, ())]:
+            return f"; expected {_expected(entry)}"
+    return ""
+
+
+def _broken(path: Path, what: str) -> WeightsError:
+    label = f"{path.parent.name}/{path.name}"
+    # A library's message may quote the path.
+    what = what.replace(str(path), label)
+    return WeightsError(f"{label} {what}{_advice(path)}", file=label)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON configuration without the entries that start with an underscore; raises WeightsError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _broken(path, "is missing") from None
+    except (OSError, ValueError) as error:
+        raise _broken(path, f"is not a readable JSON file ({type(error).__name__})") from None
+    if not isinstance(raw, dict):
+        raise _broken(path, "does not hold a JSON object")
+    return {key: value for key, value in raw.items() if not key.startswith("_")}
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by key, on the CPU; `.safetensors`, or torch's own format in any extension.
+
+    One level of wrapping (`state_dict`, `model`, `unet`) is taken off and a common prefix `module.` or `unet.` removed.
+    Nothing stored in the file is executed: tensors are read, every other object becomes an inert stub.
+    Raises WeightsError for a missing, cut, foreign or non-finite file.
+    """
+    if not path.is_file():
+        raise _broken(path, "is missing")
+    _refuse_what_is_no_checkpoint(path)
+    raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    state = _unwrapped(raw)
+    if not state:
+        raise _broken(path, "holds no tensors")
+    _refuse_non_finite(path, state)
+    return state
+
+
+def _refuse_what_is_no_checkpoint(path: Path) -> None:
+    """Says in words what a file is that downloads leave behind instead of weights."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(512)
+    if size == 0:
+        raise _broken(path, "is empty")
+    text = head.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise _broken(path, "is a web page, not weights: the download was answered with an error page")
+    if text.startswith(b"version https://git-lfs"):
+        raise _broken(path, "is a git-lfs pointer, not the weights themselves: run git lfs pull or download the file")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path, device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _broken(path, f"is cut short or not a safetensors file ({error})") from None
+
+
+def _read_torch(path: Path) -> object:
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic == b"PK\x03\x04":
+            raise _broken(path, f"is cut short: it has {path.stat().st_size:,} bytes and its end is missing")
+        return _read_legacy(path)
+    stubs: dict[str, type] = {}
+    try:
+        # Every global the file names beyond torch's own list becomes a stub of the same name; nothing is imported.
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        for name in names:
+            stubs[name] = _stub(name)
+        with torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+        raise _broken(path, f"cannot be read as a torch checkpoint ({_first_line(error)})") from None
+
+
+def _read_legacy(path: Path) -> object:
+    """Checkpoints from before torch 1.6: a sequence of pickles and raw storages."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+        raise _broken(path, f"is no torch checkpoint, or cut short ({_first_line(error)})") from None
+
+
+def _stub(name: str) -> type:
+    """A class that can be built from anything and does nothing: it stands for an object of a foreign library."""
+
+    class Stub:
+        def __init__(self, *_args: object, **_kwargs: object) -> None:
+            pass
+
+        def __new__(cls, *_args: object, **_kwargs: object) -> Stub:
+            return super().__new__(cls)
+
+        def __setstate__(self, _state: object) -> None:
+            pass
+
+        def __setitem__(self, _key: object, _value: object) -> None:
+            pass
+
+        def append(self, _item: object) -> None:
+            pass
+
+        def extend(self, _items: object) -> None:
+            pass
+
+    module, _, qualified = name.rpartition(".")
+    Stub.__module__, Stub.__qualname__, Stub.__name__ = module, qualified, qualified
+    return Stub
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__
+
+
+def _unwrapped(raw: object) -> dict[str, Tensor]:
+    if not isinstance(raw, Mapping):
+        return {}
+    for name in ("state_dict", "model", "unet"):
+        inner = raw.get(name)
+        if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
+            raw = inner
+            break
+    state = {str(key): value for key, value in raw.items() if isinstance(value, Tensor)}
+    for prefix in ("module.", "unet."):
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _refuse_non_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    for key, value in state.items():
+        # One pass without a mask: a sum is NaN or infinite exactly when the values are, or when they overflow it.
+        if value.is_floating_point() and not torch.isfinite(
+            value.float().abs().max() if value.numel() else value.sum()
+        ):
+            raise _broken(path, f"holds values that are not finite (in {key})")
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Load `state` into `module`; every key and shape must fit.
+
+    Raises WeightsError with the counts and the first keys that do not.
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    wrong = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    if missing or unexpected or wrong:
+        parts = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+            if keys
+        ]
+        raise WeightsError(
+            f"{name} belongs to another network: of {len(own)} tensors {', '.join(parts)}{_advice(Path(name))}",
+            file=name,
+        )
+    module.load_state_dict(dict(state), strict=True)
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """What a library raises while it reads `name` becomes a WeightsError that names the file."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise WeightsError(f"{name} cannot be loaded ({_first_line(error)}){_advice(Path(name))}", file=name) from None
+    except pickle.UnpicklingError as error:
+        raise WeightsError(f"{name} cannot be read ({_first_line(error)}){_advice(Path(name))}", file=name) from None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(io.DEFAULT_BUFFER_SIZE * 128):
+            digest.update(block)
+    return digest.hexdigest()
