@@ -7,6 +7,20 @@ pictures on a constant-rate grid, `read_waveform` its sound as the model hears i
 from __future__ import annotations
 
 from musetalk.media.limits import AudioInfo, MediaLimits, SourceInfo
+from musetalk.media.probe import inspect_source, probe_audio, probe_source
+from musetalk.media.reading import SourceFrame, read_source
 from musetalk.media.sound import inspect_audio, read_audio_blocks, read_waveform
 
-__all__ = ["AudioInfo", "MediaLimits", "SourceInfo", "inspect_audio", "read_audio_blocks", "read_waveform"]
+__all__ = [
+    "AudioInfo",
+    "MediaLimits",
+    "SourceFrame",
+    "SourceInfo",
+    "inspect_audio",
+    "inspect_source",
+    "probe_audio",
+    "probe_source",
+    "read_audio_blocks",
+    "read_source",
+    "read_waveform",
+]

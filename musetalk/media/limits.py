@@ -75,6 +75,7 @@ class SourceInfo:
     container: str = ""
     source_rate: Fraction = Fraction(25)  # nominal rate of the file
     trusts_timestamps: bool = True  # False: picture i of the file is shown at i / source_rate
+    clock_grain: Fraction = Fraction(1, 1000)  # unit of the file's time stamps, s
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -109,7 +110,7 @@ def to_json(info: SourceInfo | AudioInfo) -> dict[str, Any]:
 def source_from_json(plain: dict[str, Any]) -> SourceInfo:
     """The SourceInfo that `to_json` described; raises KeyError, TypeError or ValueError for anything else."""
     values = dict(plain)
-    for name in ("rate", "pixel_aspect", "source_rate"):
+    for name in ("rate", "pixel_aspect", "source_rate", "clock_grain"):
         values[name] = Fraction(values[name])
     values["duration"] = None if values["duration"] is None else Fraction(values["duration"])
     values["colour"] = Colour(*values["colour"])

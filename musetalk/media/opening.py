@@ -109,7 +109,7 @@ def ffmpeg_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, av.error.MemoryError):
-        raise ProcessingError(f"there is not enough memory to decode {what}") from None
+        raise ProcessingError(f"there is not enough memory to decode {what}", reason="MemoryError") from None
     except av.error.FFmpegError as error:
         raise _translated(error, what) from None
 
@@ -153,3 +153,14 @@ def prepare_decoder(stream: Any, limits: MediaLimits) -> None:
     if stream.type == "video":
         # A header may announce a small picture and the stream hold a large one.
         context.options = {"max_pixels": str(limits.max_pixels)}
+
+
+def packets(container: Any, stream: Any) -> Iterator[Any]:
+    """The packets of `stream` and an empty one at the end, also when the container breaks off before."""
+    try:
+        yield from container.demux(stream)
+    except (av.error.InvalidDataError, av.error.EOFError):
+        # What the decoder still holds comes out with an empty packet.
+        empty = av.Packet()
+        empty.stream = stream
+        yield empty

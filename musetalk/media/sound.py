@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from errors import MediaError
 from musetalk.media.limits import AudioInfo, MediaLimits
-from musetalk.media.opening import audio_stream, ffmpeg_errors, open_container, picture_format, prepare_decoder
+from musetalk.media.opening import (
+    audio_stream,
+    ffmpeg_errors,
+    open_container,
+    packets,
+    picture_format,
+    prepare_decoder,
+)
 
 Float32Array = NDArray[np.float32]
 
@@ -115,7 +122,7 @@ def _decoded(container: Any, stream: Any, limits: MediaLimits) -> Iterator[tuple
     """
     prepare_decoder(stream, limits)
     n_packets = n_bad = 0
-    for packet in _packets(container, stream):
+    for packet in packets(container, stream):
         n_packets += 1
         try:
             frames = packet.decode()
@@ -130,17 +137,6 @@ def _decoded(container: Any, stream: Any, limits: MediaLimits) -> Iterator[tuple
     # The last packet of a cut file is often half there; a tag between packets may be taken for one.
     if n_bad > max(2, limits.max_corrupt_share * n_packets):
         raise MediaError(f"{WHAT} is damaged: {n_bad} of {n_packets} packets cannot be decoded", corrupt=n_bad)
-
-
-def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    """The packets of `stream`; a file that breaks off is accepted for what it holds."""
-    try:
-        yield from container.demux(stream)
-    except (av.error.InvalidDataError, av.error.EOFError):
-        # What the decoder still holds comes out with an empty packet.
-        empty = av.Packet()
-        empty.stream = stream
-        yield empty
 
 
 def _as_float(frame: Any) -> Float32Array:

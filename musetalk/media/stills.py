@@ -1,0 +1,170 @@
+"""Picture files by Pillow: stills, and animations (GIF, WebP, APNG) frame by frame.
+
+FFmpeg's picture readers are not used: which of them exist differs between releases, and Pillow tells the size before
+it decodes. Everything becomes 8-bit BGR over white, upright, with even sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from errors import MediaError, MuseTalkError, ProcessingError
+from musetalk.frames import Planes, UInt8Array, bgr_to_planes
+from musetalk.media.colour import Tags, plan_colour
+from musetalk.media.converting import over_white
+from musetalk.media.limits import MediaLimits, SourceInfo
+from musetalk.media.opening import PictureFormat
+from musetalk.media.timing import Timed, nominal_rate, output_rate
+
+_WHAT = "the source"
+# JPEG files of cameras may hold more than one picture; the first is meant.
+_PILLOW_FORMATS: dict[PictureFormat, list[str]] = {"JPEG": ["JPEG", "MPO"]}
+_ANIMATED_FORMATS: set[PictureFormat] = {"GIF", "WEBP", "PNG"}
+_STILL_RATE = Fraction(25)
+# Browsers show frames of 10 ms and less for 100 ms: such files were made for slower programs.
+_SHORTEST_MS, _REPLACED_MS = 10, 100
+# Frames looked at to find an animation's rate.
+_N_PROBED = 50
+
+
+def inspect_picture(path: Path, form: PictureFormat, limits: MediaLimits) -> SourceInfo:
+    """Describe a still or an animation and decode its first picture, in this process; see `probe_source`."""
+    with _opened(path, form, limits) as image:
+        is_animated = form in _ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1
+        if not is_animated:
+            return _described(_bgr(image, limits), form, kind="still", rate=_STILL_RATE, n_frames=1)
+        n_frames = _n_animated(image)
+        durations: list[int] = []
+        first: UInt8Array | None = None
+        for pixels, duration_ms in _animation(image, limits, _N_PROBED):
+            first = pixels if first is None else first
+            durations.append(duration_ms)
+        if first is None:
+            raise MediaError(f"{_WHAT} holds no picture that can be decoded")
+    source_rate = nominal_rate([Fraction(1000, min(durations))])
+    rate = output_rate(source_rate, limits)
+    duration = Fraction(sum(durations) * n_frames, 1000 * len(durations))
+    return _described(
+        first,
+        form,
+        kind="video",
+        rate=rate,
+        n_frames=max(1, round(duration * rate)),
+        duration=duration,
+        source_rate=source_rate,
+    )
+
+
+def _described(bgr: UInt8Array, form: PictureFormat, **facts: Any) -> SourceInfo:
+    height, width = bgr.shape[:2]
+    colour = plan_colour(Tags(), height, is_rgb=True).colour
+    return SourceInfo(width=width, height=height, colour=colour, codec=form.lower(), container=form.lower(), **facts)
+
+
+def read_still(path: Path, form: PictureFormat, info: SourceInfo, limits: MediaLimits) -> Planes:
+    """The picture of a still as planes; raises MediaError when it cannot be decoded."""
+    with _opened(path, form, limits) as image:
+        return bgr_to_planes(_bgr(image, limits), info.colour.matrix)
+
+
+def read_animation(
+    path: Path, form: PictureFormat, info: SourceInfo, limits: MediaLimits
+) -> Iterator[Timed[Callable[[], Planes]]]:
+    """The pictures of an animation with their times; one that breaks off gives what it holds."""
+    time = Fraction(0)
+    with _opened(path, form, limits) as image:
+        for pixels, duration_ms in _animation(image, limits, limits.max_decoded_frames):
+            if pixels.shape[:2] != (info.height, info.width):
+                raise MediaError(f"{_WHAT} changes its size on the way")
+            duration = Fraction(duration_ms, 1000)
+            yield Timed(time, duration, lambda bgr=pixels: bgr_to_planes(bgr, info.colour.matrix))  # type: ignore[misc]
+            time += duration
+
+
+@contextmanager
+def _opened(path: Path, form: PictureFormat, limits: MediaLimits) -> Iterator[Image.Image]:
+    with _picture_errors(), Image.open(path, formats=_PILLOW_FORMATS.get(form, [form])) as image:
+        limits.check_size(*image.size)
+        yield image
+
+
+@contextmanager
+def _picture_errors() -> Iterator[None]:
+    try:
+        yield
+    except MuseTalkError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise MediaError(f"{_WHAT} has too many pixels") from None
+    except MemoryError:
+        raise ProcessingError(f"there is not enough memory to decode {_WHAT}", reason="MemoryError") from None
+    except Exception as error:  # noqa: BLE001 - Pillow's readers raise anything on a broken file, from struct to zlib
+        # Its texts hold the path.
+        raise MediaError(f"{_WHAT} is a picture that cannot be decoded", reason=type(error).__name__) from None
+
+
+def _n_animated(image: Any) -> int:
+    """Frames of the animation; a PNG may hold a picture for programs without animation that is not part of it."""
+    return int(image.n_frames) - bool(image.info.get("default_image"))
+
+
+def _animation(image: Any, limits: MediaLimits, n_most: int) -> Iterator[tuple[UInt8Array, int]]:
+    """(BGR picture, duration in ms) of the first frames; ends early where the file does, after one frame at least."""
+    first = image.n_frames - _n_animated(image)
+    for index in range(first, min(image.n_frames, first + n_most)):
+        try:
+            image.seek(index)
+            pixels = _bgr(image, limits)
+        except MuseTalkError:
+            raise
+        except Exception:
+            if index == first:
+                raise
+            return
+        duration = int(image.info.get("duration") or 0)
+        yield pixels, duration if duration > _SHORTEST_MS else _REPLACED_MS
+
+
+def _bgr(image: Image.Image, limits: MediaLimits) -> UInt8Array:
+    """The current picture as BGR (h, w, 3) with even sides, upright, over white."""
+    limits.check_size(*image.size)
+    image.load()
+    pixels = over_white(_eight_bit(_upright(image)))
+    height, width = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
+    return np.ascontiguousarray(pixels[:height, :width, ::-1])
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 - broken notes of a camera are no reason to refuse its picture
+        return image
+
+
+def _eight_bit(image: Image.Image) -> NDArray[Any]:
+    """The pixels as 8-bit RGB or RGBA, (h, w, 3 or 4)."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = _grey(np.asarray(image), image.mode)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    has_alpha = image.mode in {"RGBA", "RGBa", "LA", "La", "PA"} or "transparency" in image.info
+    return np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+
+
+def _grey(values: NDArray[Any], mode: str) -> UInt8Array:
+    """16-bit, 32-bit or floating greys as 8 bits: the scale is the format's, floats go to 1 or to 255."""
+    numbers = np.nan_to_num(values.astype(np.float64))
+    if mode == "F":
+        scale = 255.0 if numbers.max() <= 1 else 1.0
+    else:
+        # "I" holds 16-bit files in older releases of Pillow, rarely more.
+        scale = 255 / 65535 if numbers.max() <= 65535 else 255 / (2**31 - 1)
+    grey: UInt8Array = np.clip(np.rint(numbers * scale), 0, 255).astype(np.uint8)
+    return grey
