@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from errors import MuseTalkError, RequestError
 
+ParsingMode = Literal["jaw", "raw", "neck"]
 Stage = Literal["download", "validation", "preprocessing", "inference", "postprocessing", "upload"]
 STAGES: tuple[Stage, ...] = ("download", "validation", "preprocessing", "inference", "postprocessing", "upload")
 ALWAYS_REPORTED: tuple[Stage, ...] = ("download", "validation", "inference", "upload")
@@ -28,7 +29,7 @@ class JobParams:
 
     bbox_shift: int = 0
     extra_margin: int | None = None
-    parsing_mode: str | None = None
+    parsing_mode: ParsingMode | None = None
     left_cheek_width: int = 90
     right_cheek_width: int = 90
     face_box: tuple[int, int, int, int] | None = None

@@ -250,7 +250,7 @@ class Core:
             object_name=stored.name,
             bucket=stored.bucket,
             model=models.version,
-            stage_times=dict(clock.seconds),
+            stage_times=clock.snapshot(),
             total_time_s=clock.total_s,
             gpu_class=settings.gpu_class,
             peak_gpu_memory_mib=peak_memory_mib(models.device),
@@ -308,7 +308,7 @@ class Core:
                 scratch_disk_bytes=self.settings.scratch_disk_mb * 2**20,
             ),
             extra_margin=defaults.extra_margin if params.extra_margin is None else params.extra_margin,
-            mask_mode=params.parsing_mode or defaults.mask_mode,
+            mask_mode=defaults.mask_mode if params.parsing_mode is None else params.parsing_mode,
         )
 
     def _limits(self) -> MediaLimits:
@@ -356,7 +356,7 @@ def _told(clock: StageClock) -> Iterator[None]:
     try:
         yield
     except MuseTalkError as error:
-        error.stage_times = dict(clock.seconds)
+        error.stage_times = clock.snapshot()
         raise
     except (OSError, MemoryError) as error:
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -364,7 +364,7 @@ def _told(clock: StageClock) -> Iterator[None]:
         reason = error.strerror if isinstance(error, OSError) else "out of memory"
         translated = kind(f"the machine failed: {reason or type(error).__name__}", kind=type(error).__name__)
         translated.stage = getattr(error, "stage", None)
-        translated.stage_times = dict(clock.seconds)
+        translated.stage_times = clock.snapshot()
         raise translated from error
 
 

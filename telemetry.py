@@ -85,6 +85,10 @@ class StageClock:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
+    def snapshot(self) -> dict[str, float]:
+        """Seconds per stage so far."""
+        return {str(stage): seconds for stage, seconds in self.seconds.items()}
+
     @property
     def total_s(self) -> float:
         """Seconds since the clock was made."""

@@ -97,7 +97,7 @@ class FrameStore:
             # Without a name the file is gone with the process, however that ends.
             os.unlink(name)
         place = _Place(self.disk_used, array.shape, array.dtype)
-        data = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+        data = _bytes_of(np.ascontiguousarray(array)) if array.size else memoryview(b"")
         written = 0
         try:
             while written < len(data):
@@ -113,7 +113,7 @@ class FrameStore:
         assert self._file is not None
         array = np.empty(place.shape, place.dtype)
         if array.size:
-            view = memoryview(array).cast("B")
+            view = _bytes_of(array)
             done = 0
             while done < len(view):
                 count = os.preadv(self._file, [view[done:]], place.offset + done)
@@ -121,3 +121,8 @@ class FrameStore:
                     raise OSError(errno.EIO, "the scratch file is shorter than what was written")
                 done += count
         return array
+
+
+def _bytes_of(array: Any) -> memoryview:
+    """The memory of a contiguous array, byte by byte."""
+    return memoryview(array).cast("B")

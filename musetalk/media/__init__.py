@@ -9,13 +9,20 @@ from __future__ import annotations
 from musetalk.media.limits import AudioInfo, MediaLimits, SourceInfo
 from musetalk.media.probe import inspect_source, probe_audio, probe_source
 from musetalk.media.reading import SourceFrame, read_source
+from musetalk.media.scaling import fit_planes
 from musetalk.media.sound import inspect_audio, read_audio_blocks, read_waveform
+from musetalk.media.writing import EncoderSettings, OutputInfo, VideoWriter, choose_encoder
 
 __all__ = [
     "AudioInfo",
+    "EncoderSettings",
     "MediaLimits",
+    "OutputInfo",
     "SourceFrame",
     "SourceInfo",
+    "VideoWriter",
+    "choose_encoder",
+    "fit_planes",
     "inspect_audio",
     "inspect_source",
     "probe_audio",

@@ -251,7 +251,9 @@ def write_clip(
             stream.codec_context.gop_size = gop
             stream.codec_context.max_b_frames = b_frames
         extra = {"flags": "+ildct+ilme", "x264-params": "tff=1"} if interlaced else {}
-        stream.options = {**_LOSSY_DEFAULTS.get(codec, {}), **extra, **(options or {})}
+        # A fixed quantiser ("qp": "0" loses nothing) does not go together with a rate factor.
+        defaults = {} if "qp" in (options or {}) else _LOSSY_DEFAULTS.get(codec, {})
+        stream.options = {**defaults, **extra, **(options or {})}
         if sound is not None:
             _write_audio(container, *_add_audio(container, sound))
         durations: dict[int, int] = {}
@@ -390,6 +392,15 @@ def decode_numbers(path: Path) -> list[int | None]:
         return [read_number(frame.to_ndarray(format="gray")) for frame in container.decode(video=0)]
 
 
+def decode_luma(path: Path) -> list[UInt8Array]:
+    """The first planes (h, w) of all pictures of a clip of 8-bit planes, as the decoder gives them."""
+    with av.open(str(path)) as container:
+        return [
+            np.frombuffer(frame.planes[0], np.uint8).reshape(-1, frame.planes[0].line_size)[:, : frame.width].copy()
+            for frame in container.decode(video=0)
+        ]
+
+
 def luma_psnr(first: Planes, second: Planes) -> float:
     """Peak signal-to-noise ratio of the two luma planes, dB (infinite when equal)."""
     error = float(np.mean((first.y.astype(np.float64) - second.y) ** 2))
@@ -404,6 +415,7 @@ __all__ = [
     "clicks",
     "cut",
     "damage",
+    "decode_luma",
     "decode_numbers",
     "drawn_frame",
     "full_range",

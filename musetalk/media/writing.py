@@ -1,0 +1,376 @@
+"""Planes and a sound file to one MP4: a single H.264 encode, AAC, right tags, and a name only when it was checked.
+
+Spec media.md 3, items 7 and 8. Knows no model.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import secrets
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import av
+import av.error
+import numpy as np
+from numpy.typing import NDArray
+
+from errors import DiskFullError, EncodeError
+from musetalk.frames import BT709, Colour, Planes, black_planes
+from musetalk.media.limits import MediaLimits
+from musetalk.media.opening import open_container
+from musetalk.media.probe import inspect_source
+from musetalk.media.sound import inspect_audio, read_audio_blocks
+
+# Sound is muxed this far ahead of the picture, so that players never wait for it.
+_AUDIO_LEAD_S = Fraction(1, 2)
+_AAC_FRAME = 1024
+_BIT_RATES = {1: 96_000, 2: 160_000}
+_LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """How the picture is encoded; `crf` is x264's constant quality (for NVENC its constant quantiser)."""
+
+    codec: str = "libx264"
+    preset: str = "veryfast"
+    crf: int = 16
+    threads: int = 0  # 0: all cores but one, which launches the GPU's work
+
+    def options(self) -> dict[str, str]:
+        """The encoder's private options."""
+        if self.codec == "h264_nvenc":
+            return {"preset": "p4", "rc": "vbr", "cq": str(self.crf + 3), "b:v": "0", "profile": "high"}
+        return {"preset": self.preset, "crf": str(self.crf), "profile": "high"}
+
+    def n_threads(self) -> int:
+        """Encoder threads."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+@dataclass(frozen=True)
+class OutputInfo:
+    """A finished and checked file; durations in seconds."""
+
+    width: int
+    height: int
+    rate: Fraction
+    n_frames: int
+    duration: Fraction
+    audio_duration: Fraction | None
+    n_bytes: int
+
+
+def choose_encoder(preferred: str = "auto") -> tuple[EncoderSettings, str | None]:
+    """The encoder to use and, where it is not the wanted one, why; NVENC has to prove itself by a test encode."""
+    if preferred == "libx264":
+        return EncoderSettings(), None
+    nvenc = EncoderSettings(codec="h264_nvenc")
+    try:
+        _test_encode(nvenc)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        # Without a GPU or its driver libraries opening fails with one of several classes.
+        return EncoderSettings(), f"h264_nvenc cannot be used here ({type(error).__name__})"
+    return nvenc, None
+
+
+def _test_encode(settings: EncoderSettings) -> None:
+    context: Any = av.CodecContext.create(settings.codec, "w")
+    context.width, context.height, context.pix_fmt = 256, 256, "yuv420p"
+    context.time_base = Fraction(1, 25)
+    context.options = settings.options()
+    n_packets = 0
+    for index in range(4):
+        frame = planes_frame(black_planes(256, 256), BT709)
+        frame.pts, frame.time_base = index, Fraction(1, 25)
+        n_packets += len(context.encode(frame))
+    n_packets += len(context.encode(None))
+    if n_packets != 4:
+        raise ValueError("the encoder lost frames")
+
+
+def planes_frame(planes: Planes, colour: Colour) -> Any:
+    """The planes as a yuv420p frame of their own, tagged."""
+    frame: Any = av.VideoFrame(planes.width, planes.height, "yuv420p")
+    for target, source in zip(frame.planes, (planes.y, planes.u, planes.v), strict=True):
+        rows = np.frombuffer(target, np.uint8).reshape(-1, target.line_size)
+        rows[: source.shape[0], : source.shape[1]] = source
+    frame.color_range, frame.colorspace = _LIMITED_RANGE, colour.matrix_code
+    for name, value in (("color_primaries", colour.primaries), ("color_trc", colour.transfer)):
+        if hasattr(frame, name):
+            setattr(frame, name, value)
+    return frame
+
+
+class VideoWriter:
+    """Writes one MP4 in a `with` block; `close` gives it its name, leaving the block without `close` removes it.
+
+    Calls may come from another thread than the one that made the writer, one after the other.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        width: int,
+        height: int,
+        rate: Fraction,
+        colour: Colour,
+        n_frames: int,
+        audio_path: Path | None,
+        audio_duration: Fraction,
+        settings: EncoderSettings | None = None,
+        limits: MediaLimits | None = None,
+    ) -> None:
+        """`n_frames` pictures at `rate` beside the first `audio_duration` seconds of `audio_path` (None: silent).
+
+        Raises EncodeError when the encoder cannot be opened, MediaError when the sound cannot.
+        """
+        self._path, self._limits = path, limits or MediaLimits()
+        self._size, self._rate, self._colour, self._n_frames = (width, height), rate, colour, n_frames
+        self._duration = audio_duration if audio_path is not None else None
+        self._n_written = 0
+        self._closed = False
+        self._part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        self._container: Any = None
+        try:
+            with encoder_errors():
+                self._container = av.open(
+                    f"file:{os.path.abspath(self._part)}",
+                    "w",
+                    format="mp4",
+                    options={"movflags": "+faststart", "fflags": "+bitexact"},
+                )
+                self._video = self._add_video(settings or EncoderSettings())
+                self._sound = None
+                if audio_path is not None:
+                    self._sound = _SoundTrack(self._container, audio_path, audio_duration, self._limits)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _add_video(self, settings: EncoderSettings) -> Any:
+        # A rational rate is its own time base: no time stamp is ever rounded.
+        stream = self._container.add_stream(settings.codec, rate=self._rate, options=settings.options())
+        context = stream.codec_context
+        context.width, context.height = self._size
+        context.pix_fmt = "yuv420p"
+        context.time_base = stream.time_base = 1 / self._rate
+        context.thread_count = settings.n_threads()
+        context.color_range, context.colorspace = _LIMITED_RANGE, self._colour.matrix_code
+        context.color_primaries, context.color_trc = self._colour.primaries, self._colour.transfer
+        context.sample_aspect_ratio = Fraction(1)
+        context.open()
+        return stream
+
+    def write(self, planes: Planes) -> None:
+        """Encode the next picture; raises EncodeError for a wrong size or one too many, DiskFullError."""
+        if (planes.width, planes.height) != self._size:
+            raise EncodeError(f"a picture of {planes.width}x{planes.height} px in a video of {self._size}")
+        if self._n_written >= self._n_frames:
+            raise EncodeError(f"more than the {self._n_frames} pictures that were announced")
+        frame = planes_frame(planes, self._colour)
+        frame.pts, frame.time_base = self._n_written, 1 / self._rate
+        with encoder_errors():
+            if self._sound is not None:
+                self._sound.write_until(self._n_written / self._rate + _AUDIO_LEAD_S)
+            for packet in self._video.encode(frame):
+                self._container.mux(packet)
+        self._n_written += 1
+
+    def close(self) -> OutputInfo:
+        """Finish, check and name the file.
+
+        Raises EncodeError when pictures are missing or the file does not hold what it should, DiskFullError; the file
+        is removed then.
+        """
+        try:
+            if self._n_written != self._n_frames:
+                raise EncodeError(f"{self._n_written} of {self._n_frames} pictures were written")
+            with encoder_errors():
+                if self._sound is not None:
+                    self._sound.finish()
+                for packet in self._video.encode(None):
+                    self._container.mux(packet)
+                container, self._container = self._container, None
+                container.close()
+                _sync(self._part)
+            info = self._check()
+            os.replace(self._part, self._path)
+        except BaseException:
+            self.abort()
+            raise
+        self._closed = True
+        return info
+
+    def abort(self) -> None:
+        """Drop what was written; raises nothing. Does nothing after a successful `close`."""
+        if self._closed:
+            return
+        self._closed = True
+        container, self._container = self._container, None
+        if getattr(self, "_sound", None) is not None:
+            self._sound.close()  # type: ignore[union-attr]
+        if container is not None:
+            # What cannot be finished is removed next.
+            with suppress(av.error.FFmpegError, OSError, ValueError):
+                container.close()
+        self._part.unlink(missing_ok=True)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _check(self) -> OutputInfo:
+        """Open the finished file as a player would; raises EncodeError for whatever is not as it was meant."""
+        limits = replace(
+            self._limits, min_side=0, max_side=2**15, max_pixels=2**30, max_frames=2**31, max_rate=Fraction(1000)
+        )
+        source = inspect_source(self._part, limits)
+        with open_container(self._part, limits, "the output") as container:
+            stream = container.streams.video[0]
+            times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+            time_base = Fraction(stream.time_base)
+        wanted = [index / self._rate for index in range(self._n_frames)]
+        problems = []
+        if (source.width, source.height) != self._size:
+            problems.append(f"size {source.width}x{source.height}")
+        if len(times) != self._n_frames:
+            problems.append(f"{len(times)} pictures")
+        elif any(abs(pts * time_base - time) > Fraction(1, 10_000) for pts, time in zip(times, wanted, strict=True)):
+            problems.append("time stamps")
+        if source.colour.matrix_code != self._colour.matrix_code:
+            problems.append("colour tags")
+        if not index_comes_first(self._part):
+            problems.append("index behind the data")
+        audio_duration = None
+        if self._duration is not None:
+            audio_duration = inspect_audio(self._part, limits).duration
+            if audio_duration is None or abs(audio_duration - self._duration) > 1 / self._rate:
+                problems.append(f"sound of {float(audio_duration or 0):.3f} s")
+        if problems:
+            raise EncodeError(f"the output is not as it should be: {', '.join(problems)}")
+        return OutputInfo(
+            width=source.width,
+            height=source.height,
+            rate=self._rate,
+            n_frames=self._n_frames,
+            duration=self._n_frames / self._rate,
+            audio_duration=audio_duration,
+            n_bytes=self._part.stat().st_size,
+        )
+
+
+class _SoundTrack:
+    """Decodes a sound file again and encodes it as AAC, up to an exact length, a little ahead of the picture."""
+
+    def __init__(self, container: Any, path: Path, duration: Fraction, limits: MediaLimits) -> None:
+        info = inspect_audio(path, limits)
+        self._rate = 44_100 if info.sample_rate == 44_100 else 48_000
+        self._n_channels = 1 if info.channels == 1 else 2
+        self._layout = "mono" if self._n_channels == 1 else "stereo"
+        self._container = container
+        self._stream = container.add_stream("aac", rate=self._rate)
+        self._stream.codec_context.layout = self._layout
+        self._stream.codec_context.bit_rate = _BIT_RATES[self._n_channels]
+        self._stream.codec_context.time_base = self._stream.time_base = Fraction(1, self._rate)
+        self._blocks: Iterator[NDArray[np.float32]] = read_audio_blocks(
+            path, limits, rate=self._rate, n_channels=self._n_channels
+        )
+        self._waiting = np.zeros((self._n_channels, 0), np.float32)
+        self._n_total = math.ceil(duration * self._rate)
+        self._n_encoded = 0
+
+    def write_until(self, time: Fraction) -> None:
+        """Encode whole frames of sound until `time` (s) is covered, or the sound ends."""
+        wanted = min(math.ceil(time * self._rate), self._n_total)
+        while self._n_encoded < wanted:
+            count = min(_AAC_FRAME, self._n_total - self._n_encoded)
+            self._encode(self._take(count))
+
+    def finish(self) -> None:
+        """Encode what is left and flush."""
+        self.write_until(Fraction(self._n_total, self._rate))
+        for packet in self._stream.encode(None):
+            self._container.mux(packet)
+        self.close()
+
+    def close(self) -> None:
+        """Close the sound file."""
+        close = getattr(self._blocks, "close", None)
+        if close is not None:
+            close()
+
+    def _take(self, count: int) -> NDArray[np.float32]:
+        """The next `count` samples (channels, count); silence once the file has no more."""
+        while self._waiting.shape[1] < count:
+            block = next(self._blocks, None)
+            if block is None:
+                missing = np.zeros((self._n_channels, count - self._waiting.shape[1]), np.float32)
+                block = missing
+            self._waiting = np.concatenate([self._waiting, block], axis=1)
+        taken, self._waiting = self._waiting[:, :count], self._waiting[:, count:]
+        return taken
+
+    def _encode(self, samples: NDArray[np.float32]) -> None:
+        clipped = np.ascontiguousarray(np.clip(samples, -1.0, 1.0))
+        frame = av.AudioFrame.from_ndarray(clipped, format="fltp", layout=self._layout)
+        frame.sample_rate, frame.time_base = self._rate, Fraction(1, self._rate)
+        frame.pts = self._n_encoded
+        self._n_encoded += samples.shape[1]
+        for packet in self._stream.encode(frame):
+            self._container.mux(packet)
+
+
+@contextmanager
+def encoder_errors() -> Iterator[None]:
+    """Turn what FFmpeg and the file system raise while writing into EncodeError or DiskFullError."""
+    try:
+        yield
+    except (av.error.FFmpegError, OSError) as error:
+        # FFmpeg's classes are OSErrors too where the number is the system's; the text may hold the path.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFullError("the disk is full; the output could not be written") from None
+        reason = error.strerror or type(error).__name__
+        raise EncodeError(f"the output could not be encoded or written ({reason})", kind=type(error).__name__) from None
+
+
+def _sync(path: Path) -> None:
+    """Make the system write the file to the disk, so that a name never stands for data that a crash can lose."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def index_comes_first(path: Path) -> bool:
+    """Whether an MP4's index (`moov`) lies before its data (`mdat`), so that it plays while it loads."""
+    with path.open("rb") as file:
+        while header := file.read(8):
+            if len(header) < 8:
+                return False
+            size, kind = struct.unpack(">I4s", header)
+            if kind == b"moov":
+                return True
+            if kind == b"mdat":
+                return False
+            if size == 1:
+                size = struct.unpack(">Q", file.read(8))[0] - 8
+            if size < 8:
+                return False
+            file.seek(size - 8, os.SEEK_CUR)
+    return False
