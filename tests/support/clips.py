@@ -211,6 +211,10 @@ _LOSSY_DEFAULTS = {
 }
 
 
+# Encoders that code pictures from others.
+_BETWEEN_PICTURES = {"libx264", "libx265", "libvpx", "libvpx-vp9", "mpeg4", "mpeg2video", "mpeg1video", "flv"}
+
+
 def write_clip(
     path: Path,
     n_frames: int = 25,
@@ -247,7 +251,7 @@ def write_clip(
     with av.open(str(path), "w", format=container_format, options=container_options or {}) as container:
         stream: Any = container.add_stream(codec, rate=rate)
         _set_up_video(stream, size, pixel_format, time_base, tags, sample_aspect)
-        if codec not in {"mjpeg", "gif", "png", "ffv1", "qtrle", "prores_ks", "rawvideo", "huffyuv", "apng"}:
+        if codec in _BETWEEN_PICTURES:
             stream.codec_context.gop_size = gop
             stream.codec_context.max_b_frames = b_frames
         extra = {"flags": "+ildct+ilme", "x264-params": "tff=1"} if interlaced else {}

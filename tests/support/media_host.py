@@ -23,7 +23,7 @@ class Answer:
     """One answer. `length` is the declared size ("right", "none" or a number); the rest are faults.
 
     `cut_after` resets the connection after so many body bytes; `stall_after` goes silent there until the host closes;
-    `drip_s` sends single bytes with that pause; `chunked` and `endless` send without a length.
+    `wrong_range` and `wrong_total` lie in the Content-Range of a 206; `drip_s` sends single bytes with that pause; `chunked` and `endless` send without a length.
     """
 
     status: int = 200
@@ -32,6 +32,7 @@ class Answer:
     length: int | str = "right"
     ranges: bool = False
     wrong_range: bool = False
+    wrong_total: bool = False
     cut_after: int | None = None
     stall_after: int | None = None
     silent: bool = False
@@ -156,7 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
         if answer.ranges and match and self.headers.get("If-Range") in current and int(match[1]) < len(body):
             start = int(match[1])
             claimed = start + 1 if answer.wrong_range else start
-            headers["Content-Range"] = f"bytes {claimed}-{len(body) - 1}/{len(body)}"
+            total = len(body) + 1 if answer.wrong_total else len(body)
+            headers["Content-Range"] = f"bytes {claimed}-{len(body) - 1}/{total}"
             status, body = 206, body[start:]
         if answer.chunked:
             headers["Transfer-Encoding"] = "chunked"
