@@ -73,7 +73,6 @@ _NETWORKS = [(ipaddress.ip_network(net), why, False) for net, why in _NEVER.item
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
 _IETF_V6 = ipaddress.IPv6Network("2001::/23")
-_IPV4_COMPATIBLE = ipaddress.IPv6Network("::/96")
 
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER = re.compile(r"(0x[0-9a-f]*|[0-9]+)")
@@ -189,8 +188,6 @@ def _translated(address: Address) -> ipaddress.IPv4Address | None:
 
 
 def _odd_v6(address: ipaddress.IPv6Address) -> str | None:
-    if address in _IPV4_COMPATIBLE:
-        return "IPv4-compatible"
     if address not in _GLOBAL_V6:
         return "not public"
     if address in _IETF_V6:

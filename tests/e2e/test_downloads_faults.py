@@ -117,11 +117,12 @@ def test_a_host_without_ranges_is_fetched_from_the_start(host: MediaHost, tmp_pa
     assert get(url, tmp_path) == BODY
 
 
-def test_a_wrong_content_range_is_not_appended(host: MediaHost, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lie", [{"wrong_range": True}, {"wrong_total": True}])
+def test_a_wrong_content_range_is_not_appended(host: MediaHost, tmp_path: Path, lie: dict[str, bool]) -> None:
     url = host.serve(
         "/x",
         _cut_orderly(Answer(body=BODY, headers=ETAG), 200_000),
-        Answer(body=BODY, headers=ETAG, ranges=True, wrong_range=True),
+        Answer(body=BODY, headers=ETAG, ranges=True, **lie),
         Answer(body=BODY, headers=ETAG, ranges=True),
     )
     assert get(url, tmp_path) == BODY

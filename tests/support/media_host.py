@@ -23,7 +23,8 @@ class Answer:
     """One answer. `length` is the declared size ("right", "none" or a number); the rest are faults.
 
     `cut_after` resets the connection after so many body bytes; `stall_after` goes silent there until the host closes;
-    `wrong_range` and `wrong_total` lie in the Content-Range of a 206; `drip_s` sends single bytes with that pause; `chunked` and `endless` send without a length.
+    `wrong_range` and `wrong_total` lie in the Content-Range of a 206; `drip_s` sends single bytes with that pause;
+    `chunked` and `endless` send without a length.
     """
 
     status: int = 200
