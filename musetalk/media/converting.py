@@ -23,6 +23,7 @@ from musetalk.frames import Planes, UInt8Array, bgr_to_planes
 from musetalk.media.colour import ColourPlan, Tags, plan_colour
 from musetalk.media.limits import MediaLimits, SourceInfo
 from musetalk.media.opening import ffmpeg_errors
+from musetalk.media.timing import as_fraction
 
 _SCALE_FLAGS = "flags=accurate_rnd+full_chroma_int+full_chroma_inp+bicubic"
 _PLANAR_420 = {"yuv420p", "yuvj420p"}
@@ -206,7 +207,9 @@ class Deinterlacer:
 
 
 def _numbered(frame: Any) -> tuple[int, Any]:
-    return round(frame.pts * frame.time_base / _FRAME_TIME), frame
+    unit = as_fraction(frame.time_base)
+    assert unit is not None
+    return round(frame.pts * unit / _FRAME_TIME), frame
 
 
 class _FilterGraph:

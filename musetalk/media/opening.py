@@ -24,6 +24,9 @@ PictureFormat = Literal["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
 # FFmpeg's names of the containers that are accepted; a demuxer outside this list is never run.
 CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "wav", "mp3", "ogg", "flac", "aac")
 
+# Titles in unknown encodings must not end the job. PyAV 19 and newer never raise for them and dropped the argument.
+_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 _PICTURE_MAGIC: tuple[tuple[bytes, PictureFormat], ...] = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"\xff\xd8\xff", "JPEG"),
@@ -87,7 +90,7 @@ def open_container(path: Path, limits: MediaLimits, what: str = "the source") ->
                 f"file:{os.path.abspath(path)}",
                 options=options,
                 timeout=(limits.open_timeout_s, limits.read_timeout_s),
-                metadata_errors="replace",
+                **_METADATA,
             )
         except (av.error.InvalidDataError, av.error.ArgumentError):
             # The second is what a demuxer outside the list ends with.

@@ -24,7 +24,15 @@ from musetalk.media.converting import applied_aspect, display_size, frame_colour
 from musetalk.media.limits import AudioInfo, MediaLimits, SourceInfo, audio_from_json, source_from_json
 from musetalk.media.opening import open_container, packets, picture_format, prepare_decoder, video_stream
 from musetalk.media.stills import inspect_picture
-from musetalk.media.timing import PacketStamp, PacketTimes, n_ticks, nominal_rate, output_rate, packet_times
+from musetalk.media.timing import (
+    PacketStamp,
+    PacketTimes,
+    as_fraction,
+    n_ticks,
+    nominal_rate,
+    output_rate,
+    packet_times,
+)
 
 _WHAT = {"source": "the source", "audio": "the audio"}
 # Signals by which a decoder dies; anything else came from outside and says nothing about the file.
@@ -61,14 +69,11 @@ def probe_audio(path: Path, limits: MediaLimits) -> AudioInfo:
 
 
 def _ask(kind: Literal["source", "audio"], path: Path, limits: MediaLimits) -> dict[str, Any]:
-    request = {
-        "kind": kind,
-        "path": os.path.abspath(path),
-        "limits": {
-            name: str(value) if isinstance(value, Fraction) else value for name, value in asdict(limits).items()
-        },
-        "sys_path": [os.path.abspath(entry) for entry in sys.path if entry],
-    }
+    plain = {name: str(value) if isinstance(value, Fraction) else value for name, value in asdict(limits).items()}
+    # An isolated interpreter knows its own packages only; ours and those of PYTHONPATH are handed over.
+    root = os.path.dirname(os.path.abspath(errors.__file__))
+    sys_path = [root, *(os.path.abspath(entry) for entry in sys.path if entry)]
+    request = {"kind": kind, "path": os.path.abspath(path), "limits": plain, "sys_path": sys_path}
     answer, status = _run_child(json.dumps(request), limits.probe_wall_s, kind)
     if status < 0:
         raise _crashed(-status, kind)
@@ -152,7 +157,7 @@ def _first_frame(container: Any, stream: Any) -> tuple[Any, PacketTimes | None]:
             stamps.append(PacketStamp(packet.pts, packet.dts, packet.duration or 0))
     if first is None:
         raise MediaError("the source holds no picture that can be decoded")
-    return first, packet_times(stamps, stream.time_base)
+    return first, packet_times(stamps, as_fraction(stream.time_base))
 
 
 def _decoded(packet: Any) -> list[Any]:
@@ -169,12 +174,13 @@ def _decoded(packet: Any) -> list[Any]:
 def _describe(container: Any, stream: Any, frame: Any, times: PacketTimes | None, limits: MediaLimits) -> SourceInfo:
     limits.check_size(frame.width, frame.height)
     context = stream.codec_context
-    aspect = applied_aspect(stream.sample_aspect_ratio)
+    aspect = applied_aspect(as_fraction(stream.sample_aspect_ratio))
     rotation, mirrored = orientation(frame)
     width, height = display_size(frame.width, frame.height, aspect)
     limits.check_size(width, height)
     average = None if times is None else times.average_rate
-    source_rate = nominal_rate([stream.guessed_rate, stream.base_rate, stream.average_rate, context.framerate, average])
+    declared = (stream.guessed_rate, stream.base_rate, stream.average_rate, context.framerate)
+    source_rate = nominal_rate([*map(as_fraction, declared), average])
     rate = output_rate(source_rate, limits)
     # AVI counts pictures in the order of the file and tells nothing about their order of presentation.
     is_unordered = container.format.name == "avi" and context.has_b_frames
@@ -198,5 +204,5 @@ def _describe(container: Any, stream: Any, frame: Any, times: PacketTimes | None
         container=container.format.name,
         source_rate=source_rate,
         trusts_timestamps=trusts,
-        clock_grain=stream.time_base or SourceInfo.clock_grain,
+        clock_grain=as_fraction(stream.time_base) or SourceInfo.clock_grain,
     )

@@ -16,7 +16,7 @@ from musetalk.media.converting import Deinterlacer, FrameConverter
 from musetalk.media.limits import MediaLimits, SourceInfo
 from musetalk.media.opening import open_container, packets, picture_format, prepare_decoder, video_stream
 from musetalk.media.stills import read_animation, read_still
-from musetalk.media.timing import Clock, Timed, on_grid, tolerance
+from musetalk.media.timing import Clock, Timed, as_fraction, on_grid, tolerance
 
 Loader = Callable[[], Planes]
 
@@ -92,7 +92,7 @@ def _video(path: Path, info: SourceInfo, limits: MediaLimits, health: _Health) -
     with open_container(path, limits) as container:
         stream = video_stream(container)
         prepare_decoder(stream, limits)
-        clock = Clock(info.source_rate, stream.time_base, trusts_timestamps=info.trusts_timestamps)
+        clock = Clock(info.source_rate, as_fraction(stream.time_base), trusts_timestamps=info.trusts_timestamps)
         deinterlacer: Deinterlacer | None = None
         waiting: dict[int, Timed[None]] = {}
         for number, frame in enumerate(decoded_frames(container, stream, health.count)):

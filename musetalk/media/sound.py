@@ -26,6 +26,7 @@ from musetalk.media.opening import (
     picture_format,
     prepare_decoder,
 )
+from musetalk.media.timing import as_fraction
 
 Float32Array = NDArray[np.float32]
 
@@ -103,15 +104,17 @@ def _refuse_pictures(path: Path) -> None:
 
 
 def _declared_duration(container: Any, stream: Any) -> Fraction | None:
-    if stream.duration and stream.time_base:
-        return Fraction(stream.duration * stream.time_base)
+    unit = as_fraction(stream.time_base)
+    if stream.duration and unit:
+        return int(stream.duration) * unit
     return Fraction(container.duration, av.time_base) if container.duration else None
 
 
 def _trusted_duration(container: Any, stream: Any) -> Fraction | None:
     """The declared length (s) where the container counts samples (the MP4 family); elsewhere it is an estimate."""
-    if "mp4" in container.format.name.split(",") and stream.duration and stream.time_base:
-        return Fraction(stream.duration * stream.time_base)
+    unit = as_fraction(stream.time_base)
+    if "mp4" in container.format.name.split(",") and stream.duration and unit:
+        return int(stream.duration) * unit
     return None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from musetalk.media.limits import MediaLimits
 
@@ -30,6 +30,13 @@ _SANE_RATES = (Fraction(1, 100), Fraction(100_000))
 
 # Clocks of 1 ms and cameras put pictures a little behind the tick that they belong to.
 _MIN_TOLERANCE = Fraction(1, 1000)
+
+
+def as_fraction(value: Any) -> Fraction | None:
+    """A rational of PyAV (a Fraction before release 19, a type of its own since) as a Fraction; None when unset."""
+    if value is None or not value.denominator or not value.numerator:
+        return None
+    return Fraction(value.numerator, value.denominator)
 
 
 def nominal_rate(candidates: Iterable[Fraction | None], default: Fraction = _DEFAULT_RATE) -> Fraction:
