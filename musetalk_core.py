@@ -19,17 +19,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from downloads import DownloadSettings, fetch
-from storage import LocalStore, LocalStoreSettings, Store
-
 from config import Settings, load_settings
+from downloads import DownloadSettings, fetch
 from errors import DiskFullError, MuseTalkError, ProcessingError, UnavailableError
 from jobs import Job, JobParams, JobResult, Stage, parse_params
+from storage import LocalStore, LocalStoreSettings, Store
 from telemetry import StageClock, configure_logging, job_logging, logger, peak_memory_kb
 
 if TYPE_CHECKING:
     from musetalk.media import EncoderSettings, MediaLimits
-
     from musetalk.models import Models
     from musetalk.options import RenderOptions
     from musetalk.render import RenderSummary

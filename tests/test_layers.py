@@ -16,8 +16,10 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
     "jobs": {"errors"},
     "addresses": {"errors"},
-    "downloads": {"errors", "addresses"},
-    "storage": {"errors"},
+    "connections": {"errors", "addresses"},
+    "downloads": {"errors", "addresses", "connections"},
+    "storage": {"errors", "backblaze"},
+    "backblaze": {"errors", "storage", "connections"},
     "telemetry": {"errors", "jobs"},
     "musetalk_core": {"errors", "config", "jobs", "downloads", "storage", "telemetry", "musetalk"},
     "app": {"errors", "config", "jobs", "telemetry", "musetalk_core"},
@@ -75,7 +77,12 @@ def test_imports_go_down(path: Path) -> None:
             assert names & forbidden == set(), f"{relative} imports {names & forbidden}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "musetalk").rglob("*.py")), ids=lambda path: path.name)
+# The probe starts a process and hands it the variables its libraries are found by, and no others.
+ENVIRONMENT_READERS = {"probe.py"}
+MODEL_FILES = sorted(path for path in (ROOT / "musetalk").rglob("*.py") if path.name not in ENVIRONMENT_READERS)
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
 def test_the_model_reads_no_environment(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "os.environ" not in text

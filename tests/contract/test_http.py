@@ -11,6 +11,7 @@ import pytest
 from flask.testing import FlaskClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from werkzeug.test import TestResponse
 
 from app import MAX_BODY_BYTES, create_app
 from config import load_settings
@@ -57,6 +58,12 @@ def client(core: ScriptedCore) -> Iterator[FlaskClient]:
         yield client
 
 
+def body_of(answer: TestResponse) -> Any:
+    """The answer's JSON."""
+    assert answer.is_json
+    return answer.get_json()
+
+
 def a_result() -> JobResult:
     return JobResult(
         job_id="job-1",
@@ -77,8 +84,8 @@ def test_health_is_ok_when_ready_and_when_busy(client: FlaskClient, core: Script
     for state in ("ready", "busy"):
         core.state = Readiness(state, "v15")  # type: ignore[arg-type]
         answer = client.get("/hc")
-        assert (answer.status_code, answer.json["status"], answer.json["model"]) == (200, "ok", "v15")
-        assert answer.json["busy"] is (state == "busy")
+        assert (answer.status_code, body_of(answer)["status"], body_of(answer)["model"]) == (200, "ok", "v15")
+        assert body_of(answer)["busy"] is (state == "busy")
     assert client.head("/hc").status_code == 200
 
 
@@ -94,8 +101,8 @@ def test_a_good_job_is_answered_with_its_result(client: FlaskClient, core: Scrip
     core.outcome = a_result()
     answer = client.post("/generate", json=GOOD, headers={"Salad-Job-Id": "queue-7"})
     assert answer.status_code == 200
-    assert answer.json["status"] == "success"
-    assert answer.json["metrics"]["gpu_class"] == "RTX"
+    assert body_of(answer)["status"] == "success"
+    assert body_of(answer)["metrics"]["gpu_class"] == "RTX"
     assert core.jobs[0].queue_job_id == "queue-7"
 
 
@@ -120,8 +127,8 @@ def test_errors_have_the_status_and_body_of_the_protocol(
 ) -> None:
     core.outcome = error
     answer = client.post("/generate", json=GOOD)
-    assert (answer.status_code, answer.json["error_type"], answer.json["status"]) == (status, kind, "failed")
-    assert answer.json["musetalk_job_id"] == "job-1"
+    assert (answer.status_code, body_of(answer)["error_type"], body_of(answer)["status"]) == (status, kind, "failed")
+    assert body_of(answer)["musetalk_job_id"] == "job-1"
     assert "private" not in answer.text
     assert ("Retry-After" in answer.headers) == (status == 503)
 
@@ -146,9 +153,9 @@ def test_errors_have_the_status_and_body_of_the_protocol(
 def test_a_body_that_is_no_job_is_422_json(client: FlaskClient, core: ScriptedCore, body: bytes) -> None:
     answer = client.post("/generate", data=body, content_type="application/json")
     assert answer.status_code == 422
-    assert answer.json["error_type"] == "media_error"
-    assert answer.json["stage"] == "validation"
-    assert answer.json["retryable"] is False
+    assert body_of(answer)["error_type"] == "media_error"
+    assert body_of(answer)["stage"] == "validation"
+    assert body_of(answer)["retryable"] is False
     assert core.jobs == []
 
 
@@ -159,7 +166,7 @@ def test_a_body_that_is_no_job_is_422_json(client: FlaskClient, core: ScriptedCo
 def test_http_errors_are_json_too(client: FlaskClient, method: str, path: str, status: int) -> None:
     answer = client.open(path, method=method)
     assert answer.status_code == status
-    assert answer.json["status"] == "failed"
+    assert body_of(answer)["status"] == "failed"
     if status == 405:
         assert answer.headers["Allow"]
 
@@ -167,7 +174,7 @@ def test_http_errors_are_json_too(client: FlaskClient, method: str, path: str, s
 def test_a_body_that_is_too_large_is_refused(client: FlaskClient) -> None:
     answer = client.post("/generate", data=b" " * (MAX_BODY_BYTES + 1))
     assert answer.status_code == 413
-    assert answer.json["status"] == "failed"
+    assert body_of(answer)["status"] == "failed"
 
 
 def test_results_are_served_and_nothing_beside_them(client: FlaskClient, core: ScriptedCore) -> None:
@@ -175,7 +182,8 @@ def test_results_are_served_and_nothing_beside_them(client: FlaskClient, core: S
     folder.mkdir(parents=True)
     (folder / "job-1.mp4").write_bytes(b"video")
     (folder.parent / "secret.txt").write_text("secret", encoding="utf-8")
-    assert client.get("/outputs/job-1.mp4").data == b"video"
+    with client.get("/outputs/job-1.mp4") as answer:
+        assert answer.data == b"video"
     for name in ("../secret.txt", "..%2fsecret.txt", "%2e%2e/secret.txt"):
         assert client.get(f"/outputs/{name}").status_code == 404
 

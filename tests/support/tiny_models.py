@@ -107,9 +107,7 @@ def write_tiny_models(models_dir: Path, version: str = "v15", *, seed: int = 0, 
 
     pose = seeded_state(RtmPose(widen=1 / 16), seed + 3, GAIN_CONV)
     _save(models_dir / "dwpose/dw-ll_ucoco_384.pth", pose, as_safetensors, wrapped=True)
-    _save(
-        models_dir / "face-parse-bisent/79999_iter.pth", seeded_state(BiseNet(4), seed + 4, GAIN_CONV), as_safetensors
-    )
+    _save(models_dir / "face-parse-bisent/79999_iter.pth", _parser_state(seed + 4), as_safetensors)
     _save(models_dir / "s3fd-619a316812.pth", seeded_state(S3fd(2), seed + 5, GAIN_CONV), as_safetensors)
     return models_dir
 
@@ -117,7 +115,8 @@ def write_tiny_models(models_dir: Path, version: str = "v15", *, seed: int = 0, 
 def _parser_state(seed: int) -> dict[str, Tensor]:
     """A parser that sees skin everywhere, so that the mask is the whole lower half of the crop."""
     state = seeded_state(BiseNet(4), seed, GAIN_CONV)
-    # The last layer reads values that are never negative: one positive row wins everywhere.
+    # The last layer reads values that are positive with this bias, so that one positive row wins everywhere.
+    state["conv_out.conv.bn.bias"] = torch.full_like(state["conv_out.conv.bn.bias"], 3.0)
     last = state["conv_out.conv_out.weight"].abs()
     state["conv_out.conv_out.weight"] = torch.where(torch.arange(len(last))[:, None, None, None] == 1, last, -last)
     return state

@@ -1,0 +1,48 @@
+"""Tiny models and clips, made once for all end-to-end tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from config import load_settings
+from musetalk_core import Core
+from tests.support.tiny_models import write_tiny_models
+
+SHARED_MEDIA = Path(__file__).resolve().parents[3] / "shared" / "media"
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder in the official layout, with small networks."""
+    return write_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def core(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Core:
+    """A loaded core on the CPU."""
+    folder = tmp_path_factory.mktemp("core")
+    settings = load_settings(
+        {
+            "MUSETALK_MODELS_DIR": str(tiny_models),
+            "MUSETALK_DEVICE": "cpu",
+            "MUSETALK_CPU_THREADS": "2",
+            "OUTPUT_DIR": str(folder / "outputs"),
+            "WORK_DIR": str(folder / "work"),
+            "BATCH_SIZE": "8",
+        },
+        env_file=None,
+    )
+    core = Core(settings)
+    core.load()
+    return core
+
+
+@pytest.fixture
+def real_clip() -> tuple[Path, Path]:
+    """A real talking-head clip and a speech track, where they lie beside this checkout."""
+    source, audio = SHARED_MEDIA / "yongen.mp4", SHARED_MEDIA / "yongen.wav"
+    if not source.is_file() or not audio.is_file():
+        pytest.skip("no sample media beside this checkout")
+    return source, audio
