@@ -279,9 +279,12 @@ def over_white(pixels: NDArray[Any]) -> UInt8Array:
     """Three or four 8-bit channels (h, w, c) as three: what is transparent shows white."""
     if pixels.shape[2] == 3:
         return np.asarray(pixels, np.uint8)
-    alpha = pixels[..., 3:].astype(np.uint32)
-    blended = pixels[..., :3].astype(np.uint32) * alpha + 255 * (255 - alpha)
-    return ((blended + 127) // 255).astype(np.uint8)
+    alpha = pixels[..., 3].astype(np.uint16)
+    shown = np.empty((*alpha.shape, 3), np.uint8)
+    for channel in range(3):
+        # 255 * 255 + 127 still fits 16 bits. One channel at a time: a large still takes 18 MB for each.
+        shown[..., channel] = (pixels[..., channel] * alpha + 255 * (255 - alpha) + 127) // 255
+    return shown
 
 
 def turned(planes: Planes, rotation: int, *, mirrored: bool) -> Planes:

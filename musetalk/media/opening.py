@@ -6,6 +6,7 @@ of them: a playlist or script that names other files or hosts is refused before 
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ PictureFormat = Literal["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
 
 # FFmpeg's names of the containers that are accepted; a demuxer outside this list is never run.
 CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "wav", "mp3", "ogg", "flac", "aac")
+
+# What only the machine can be the cause of; "input/output error" is what some demuxers say of a file that was cut.
+_MACHINE_ERRORS = {errno.ENOENT, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ESTALE}
 
 # Titles in unknown encodings must not end the job. PyAV 19 and newer never raise for them and dropped the argument.
 _METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -92,8 +96,8 @@ def open_container(path: Path, limits: MediaLimits, what: str = "the source") ->
                 timeout=(limits.open_timeout_s, limits.read_timeout_s),
                 **_METADATA,
             )
-        except (av.error.InvalidDataError, av.error.ArgumentError):
-            # The second is what a demuxer outside the list ends with.
+        except (av.error.InvalidDataError, av.error.EOFError, av.error.ArgumentError):
+            # The last is what a demuxer outside the list ends with.
             raise MediaError(f"{what} is not a media file of a supported kind, or its beginning is damaged") from None
         try:
             if not set(container.format.name.split(",")) & set(CONTAINERS):
@@ -121,8 +125,7 @@ def _translated(error: av.error.FFmpegError, what: str) -> Exception:
     reason = type(error).__name__
     if isinstance(error, av.error.ExitError):
         return MediaError(f"{what} could not be read in time", reason=reason)
-    # FileNotFoundError and the like; a decoder's own failures are ValueError, LookupError or plain.
-    if isinstance(error, OSError):
+    if error.errno in _MACHINE_ERRORS:
         return ProcessingError(f"{what} cannot be read: {error.strerror}", reason=reason)
     return MediaError(f"{what} cannot be decoded: {error.strerror}", reason=reason)
 
@@ -162,7 +165,9 @@ def packets(container: Any, stream: Any) -> Iterator[Any]:
     """The packets of `stream` and an empty one at the end, also when the container breaks off before."""
     try:
         yield from container.demux(stream)
-    except (av.error.InvalidDataError, av.error.EOFError):
+    except av.error.FFmpegError as error:
+        if error.errno in _MACHINE_ERRORS or isinstance(error, (av.error.ExitError, av.error.MemoryError)):
+            raise
         # What the decoder still holds comes out with an empty packet.
         empty = av.Packet()
         empty.stream = stream

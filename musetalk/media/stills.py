@@ -31,6 +31,7 @@ _ANIMATED_FORMATS: set[PictureFormat] = {"GIF", "WEBP", "PNG"}
 _STILL_RATE = Fraction(25)
 # Browsers show frames of 10 ms and less for 100 ms: such files were made for slower programs.
 _SHORTEST_MS, _REPLACED_MS = 10, 100
+_ORIENTATION_TAG = 0x0112
 # Frames looked at to find an animation's rate.
 _N_PROBED = 50
 
@@ -144,7 +145,9 @@ def _bgr(image: Image.Image, limits: MediaLimits) -> UInt8Array:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        # Without the tag exif_transpose would copy the picture.
+        turned = image.getexif().get(_ORIENTATION_TAG, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
     except Exception:  # noqa: BLE001 - broken notes of a camera are no reason to refuse its picture
         return image
 
