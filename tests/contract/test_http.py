@@ -82,7 +82,7 @@ def a_result() -> JobResult:
 
 def test_health_is_ok_when_ready_and_when_busy(client: FlaskClient, core: ScriptedCore) -> None:
     for state in ("ready", "busy"):
-        core.state = Readiness(state, "v15")  # type: ignore[arg-type]
+        core.state = Readiness(state, "v15")
         answer = client.get("/hc")
         assert (answer.status_code, body_of(answer)["status"], body_of(answer)["model"]) == (200, "ok", "v15")
         assert body_of(answer)["busy"] is (state == "busy")

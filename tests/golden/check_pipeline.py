@@ -34,8 +34,9 @@ class Case:
         vae = fill(AutoencoderKL(**json.loads(str(data["vae_config"]))), seed + 1, gain)
         with torch.no_grad():
             # Upstream samples its latents; here the spread is next to nothing, so a sample is the mode.
-            vae.quant_conv.weight[4:] = 0
-            vae.quant_conv.bias[4:] = -30
+            spread: Any = vae.get_submodule("quant_conv")
+            spread.weight[4:] = 0
+            spread.bias[4:] = -30
         self.generator = Generator(unet, vae, device=CPU, dtype=torch.float32)
         config = {k: v for k, v in json.loads(str(data["whisper_config"])).items() if not k.startswith("decoder")}
         encoder = whisper(seed + 2, json.dumps(config))
