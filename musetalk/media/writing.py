@@ -144,6 +144,8 @@ class VideoWriter:
         self._container: Any = None
         try:
             with encoder_errors():
+                # FFmpeg opens the file with the first packet; a folder that is not there is told now.
+                self._part.touch(exist_ok=False)
                 self._container = av.open(
                     f"file:{os.path.abspath(self._part)}",
                     "w",
@@ -224,7 +226,8 @@ class VideoWriter:
             # What cannot be finished is removed next.
             with suppress(av.error.FFmpegError, OSError, ValueError):
                 container.close()
-        self._part.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._part.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:
         return self
