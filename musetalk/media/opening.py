@@ -25,6 +25,7 @@ PictureFormat = Literal["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
 # FFmpeg's names of the containers that are accepted; a demuxer outside this list is never run.
 CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "wav", "mp3", "ogg", "flac", "aac")
 
+_ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC
 # What only the machine can be the cause of; "input/output error" is what some demuxers say of a file that was cut.
 _MACHINE_ERRORS = {errno.ENOENT, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ESTALE}
 
@@ -148,7 +149,7 @@ def audio_stream(container: Any, what: str = "the audio") -> Any:
 
 
 def _is_cover(stream: Any) -> bool:
-    return "attached_pic" in str(getattr(stream, "disposition", ""))
+    return bool(int(stream.disposition) & _ATTACHED_PICTURE)
 
 
 def prepare_decoder(stream: Any, limits: MediaLimits) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _described(bgr: UInt8Array, form: PictureFormat, **facts: Any) -> SourceInfo
 def read_still(path: Path, form: PictureFormat, info: SourceInfo, limits: MediaLimits) -> Planes:
     """The picture of a still as planes; raises MediaError when it cannot be decoded."""
     with _opened(path, form, limits) as image:
-        return bgr_to_planes(_bgr(image, limits), info.colour.matrix)
+        return _planes(_bgr(image, limits), info)
 
 
 def read_animation(
@@ -83,11 +84,15 @@ def read_animation(
     time = Fraction(0)
     with _opened(path, form, limits) as image:
         for pixels, duration_ms in _animation(image, limits, limits.max_decoded_frames):
-            if pixels.shape[:2] != (info.height, info.width):
-                raise MediaError(f"{_WHAT} changes its size on the way")
             duration = Fraction(duration_ms, 1000)
-            yield Timed(time, duration, lambda bgr=pixels: bgr_to_planes(bgr, info.colour.matrix))  # type: ignore[misc]
+            yield Timed(time, duration, partial(_planes, pixels, info))
             time += duration
+
+
+def _planes(bgr: UInt8Array, info: SourceInfo) -> Planes:
+    if bgr.shape[:2] != (info.height, info.width):
+        raise MediaError(f"{_WHAT} changes its size on the way")
+    return bgr_to_planes(bgr, info.colour.matrix)
 
 
 @contextmanager

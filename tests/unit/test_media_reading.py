@@ -83,6 +83,26 @@ def test_avi_with_pictures_out_of_order_falls_back_to_index_by_rate(tmp_path: Pa
     assert numbers(frames) == list(range(30))
 
 
+@pytest.mark.slow
+def test_ten_minutes_do_not_drift(tmp_path: Path) -> None:
+    n_frames = 17_983
+    path = write_clip(
+        tmp_path / "clip.mkv",
+        n_frames,
+        size=(64, 64),
+        rate=NTSC,
+        draw=lambda index: clips.drawn_frame(index % clips.MAX_NUMBER, 64, 64),
+    )
+    info = inspect_source(path, LIMITS)
+    assert info.n_frames == n_frames
+    count = 0
+    for frame in read_source(path, info, LIMITS):
+        assert read_number(frame.planes.y) == frame.index % clips.MAX_NUMBER
+        assert not frame.is_repeat
+        count += 1
+    assert count == n_frames
+
+
 def test_a_variable_rate_shows_each_picture_at_its_time(tmp_path: Path) -> None:
     steps = [1, 1, 3, 2, 5, 1, 1, 10, 2, 1]
     times = [Fraction(sum(steps[:index]), 25) for index in range(len(steps))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import wave
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,16 +10,19 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from errors import MediaError
 from musetalk.media import (
     AudioInfo,
     MediaLimits,
     inspect_audio,
+    inspect_source,
     probe_audio,
     read_audio_blocks,
     read_waveform,
@@ -294,6 +298,21 @@ def test_titles_in_unknown_encodings_do_no_harm(tmp_path: Path) -> None:
     tag = b"ID3\x04\0\0" + len(text).to_bytes(4, "big") + text
     path.write_bytes(tag + path.read_bytes())
     assert len(read(path)[1]) > 15_000
+
+
+def test_a_cover_picture_makes_no_film(tmp_path: Path) -> None:
+    cover = io.BytesIO()
+    Image.new("RGB", (300, 300), (200, 30, 40)).save(cover, "jpeg")
+    path = write_sound(tmp_path / "a.mp3", Sound(tone(1.0, 44_100), rate=44_100, codec="libmp3lame"))
+    content = b"\0image/jpeg\0\x03\0" + cover.getvalue()
+    frame = b"APIC" + len(content).to_bytes(4, "big") + b"\0\0" + content
+    length = bytes(len(frame) >> shift & 0x7F for shift in (21, 14, 7, 0))
+    path.write_bytes(b"ID3\x03\0\0" + length + frame + path.read_bytes())
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    assert read(path)[0].codec.startswith("mp3")
+    with pytest.raises(MediaError, match="no video"):
+        inspect_source(path, LIMITS)
 
 
 def test_a_file_is_closed_when_its_reader_is(tmp_path: Path) -> None:
