@@ -132,6 +132,13 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("OUTPUT_DIR", "output_dir", _path, "Folder the finished files go to; the worker serves it at `/outputs/<name>`.", "outputs"),
     Variable("PUBLIC_BASE_URL", "public_base_url", _text, "What callers reach this server by; unset: `http://localhost:<port>`.", ""),
     Variable("WORK_DIR", "work_dir", _path, "Folder for the files of running jobs; emptied of old jobs at start.", "work"),
+    Variable("B2_KEY_ID", "b2_key_id", _text, "Backblaze B2 key id; with the two below, finished files go to the bucket.", "", secret=True),
+    Variable("B2_APP_KEY", "b2_app_key", _text, "Backblaze B2 application key.", "", secret=True),
+    Variable("B2_BUCKET_NAME", "b2_bucket", _text, "Backblaze B2 bucket.", ""),
+    Variable("B2_PREFIX", "b2_prefix", _text, "Folder in the bucket.", "avatar/outputs"),
+    Variable("B2_REALM", "b2_realm", _text, "B2 realm, or the address of a B2-compatible service.", "production"),
+    Variable("B2_LINK_LIFETIME_SEC", "b2_link_lifetime_s", _whole(1, 604_800), "How long the link to a file in a private bucket is valid.", "604800"),
+    Variable("UPLOAD_TIMEOUT_SEC", "upload_timeout_s", _seconds(1, 86400), "Limit for one whole upload, retries included.", "300"),
     # Who this worker is
     Variable("WORKER_ID", "worker_id", _text, "Name of this worker in logs and reports; unset: the host's name.", "", aliases=("SALAD_MACHINE_ID",)),
     Variable("GPU_CLASS", "gpu_class", _text, "GPU class echoed in metrics; unset: `unknown`.", "", aliases=("GPU_CLASS_NAME",)),
@@ -139,7 +146,7 @@ VARIABLES: tuple[Variable, ...] = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything the process was told, checked; one field per line of `VARIABLES`."""
 
@@ -173,10 +180,22 @@ class Settings:
     output_dir: Path
     public_base_url: str
     work_dir: Path
+    b2_key_id: str = field(repr=False)
+    b2_app_key: str = field(repr=False)
+    b2_bucket: str
+    b2_prefix: str
+    b2_realm: str
+    b2_link_lifetime_s: int
+    upload_timeout_s: float
     worker_id: str
     gpu_class: str | None
     log_level: str
     warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def uses_b2(self) -> bool:
+        """Whether finished files go to a bucket."""
+        return bool(self.b2_bucket)
 
     def describe(self) -> dict[str, object]:
         """The settings as JSON values for the log at start; secrets show only whether they are set."""
@@ -228,6 +247,10 @@ def _joint_problems(values: Mapping[str, Any]) -> Iterable[str]:
     """What is wrong between variables that are each fine."""
     if values.get("allow_file_urls") and not values.get("file_url_roots"):
         yield "FILE_URL_ROOTS must name the allowed folders when ALLOW_FILE_URLS is 1"
+    b2 = {"B2_KEY_ID": "b2_key_id", "B2_APP_KEY": "b2_app_key", "B2_BUCKET_NAME": "b2_bucket"}
+    unset = [name for name, setting in b2.items() if not values.get(setting)]
+    if 0 < len(unset) < len(b2):
+        yield f"{' and '.join(unset)} must be set as well, or none of {', '.join(b2)}"
     base = values.get("public_base_url")
     if base and not re.fullmatch(r"https?://[^\s?#]+", base):
         yield "PUBLIC_BASE_URL must be an http or https address without query"

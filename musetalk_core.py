@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from config import Settings, load_settings
-from downloads import DownloadSettings, fetch
-from errors import DiskFullError, MuseTalkError, ProcessingError, UnavailableError
+from downloads import MIN_MEDIA_BYTES, DownloadSettings, fetch
+from errors import DiskFullError, MediaError, MuseTalkError, ProcessingError, UnavailableError
 from jobs import Job, JobParams, JobResult, Stage, parse_params
-from storage import LocalStore, LocalStoreSettings, Store
+from storage import B2Settings, LocalStoreSettings, Store, open_store
 from telemetry import StageClock, configure_logging, job_logging, logger, peak_memory_kb
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Core:
     def __init__(self, settings: Settings, *, store: Store | None = None) -> None:
         """Does not load anything: `load` does, or `start_loading` in a thread of its own."""
         self.settings = settings
-        self._store = store or LocalStore(LocalStoreSettings(settings.output_dir, settings.public_base_url))
+        self._store = store or _open_store(settings)
         self._slot = threading.Lock()
         self._models: Models | None = None
         self._encoder: EncoderSettings | None = None
@@ -228,8 +228,14 @@ class Core:
         with clock.stage("download"):
             on_progress("download", 0, 1)
             fetching = self._download_settings()
-            fetch(job.video_url, source, fetching, kind="video", should_stop=should_stop)
-            fetch(job.audio_url, audio, fetching, kind="audio", should_stop=should_stop)
+            sizes = {
+                "video_url": fetch(job.video_url, source, fetching, kind="video", should_stop=should_stop).n_bytes,
+                "audio_url": fetch(job.audio_url, audio, fetching, kind="audio", should_stop=should_stop).n_bytes,
+            }
+        with clock.stage("validation"):
+            for name, n_bytes in sizes.items():
+                if n_bytes < MIN_MEDIA_BYTES:
+                    raise MediaError(f"the file of {name} has only {n_bytes} bytes", field=name, bytes=n_bytes)
         summary = self._render(models, source, audio, output, options, clock, on_progress, should_stop)
         video = _video_facts(summary)
         with clock.stage("upload"):
@@ -238,7 +244,7 @@ class Core:
                 output,
                 job.job_id,
                 {"musetalk_job_id": job.job_id, "queue_job_id": job.queue_job_id, "model": models.version, **video},
-                deadline_s=300.0,
+                deadline_s=settings.upload_timeout_s,
                 should_stop=should_stop,
             )
         ignored = tuple(f"params.{name} is not known and was ignored" for name in job.params.ignored)
@@ -338,6 +344,20 @@ class Core:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_store(settings: Settings) -> Store:
+    bucket = None
+    if settings.uses_b2:
+        bucket = B2Settings(
+            key_id=settings.b2_key_id,
+            app_key=settings.b2_app_key,
+            bucket=settings.b2_bucket,
+            prefix=settings.b2_prefix,
+            realm=settings.b2_realm,
+            link_lifetime_s=settings.b2_link_lifetime_s,
+        )
+    return open_store(bucket, LocalStoreSettings(settings.output_dir, settings.public_base_url))
 
 
 def clean_work_dir(work_dir: Path) -> int:

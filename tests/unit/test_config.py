@@ -56,6 +56,21 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
     assert (settings.batch_size, settings.video_crf) == (2, 20)
 
 
+def test_half_a_bucket_stops_the_start_and_names_what_is_missing() -> None:
+    with pytest.raises(SettingsError, match="B2_APP_KEY and B2_BUCKET_NAME must be set"):
+        load(B2_KEY_ID="id-of-a-key")
+    assert not load().uses_b2
+
+
+def test_secrets_are_shown_nowhere() -> None:
+    settings = load(B2_KEY_ID="id-of-a-key", B2_APP_KEY="very-secret", B2_BUCKET_NAME="bucket")
+    assert settings.uses_b2
+    for text in (repr(settings), str(settings.describe())):
+        assert "very-secret" not in text
+        assert "id-of-a-key" not in text
+        assert "bucket" in text
+
+
 def test_each_setting_belongs_to_one_variable() -> None:
     names = [variable.setting for variable in VARIABLES]
     assert len(names) == len(set(names))
