@@ -7,16 +7,20 @@ import logging
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from errors import MuseTalkError
 from jobs import Stage
 
 logger = logging.getLogger("musetalk")
+
+ROOT = Path(__file__).resolve().parent
 
 _job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 
@@ -37,9 +41,16 @@ class JsonFormatter(logging.Formatter):
         if (job_id := _job_id.get()) is not None:
             entry["job_id"] = job_id
         entry.update({key: value for key, value in vars(record).items() if key not in _RECORD_FIELDS})
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
+        if record.exc_info and record.exc_info[1] is not None:
+            entry["exception"] = _trace_text(record.exc_info[1])
         return json.dumps(entry, default=str, ensure_ascii=False)
+
+
+def _trace_text(error: BaseException) -> str:
+    """The error and where it happened, with file names but without the folders of this machine."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+    return f"{type(error).__name__}: {str(error).replace(str(ROOT), '.')} ({where})"
 
 
 def configure_logging(level: str) -> None:

@@ -19,6 +19,10 @@ from musetalk.networks.bisenet import bisenet_from_state
 from musetalk.networks.rtmpose import rtmpose_from_state
 from musetalk.networks.s3fd import s3fd_from_state
 
+# Upstream's half-precision mode leaves the face networks in float32 as well; the detector's features, made from pixels
+# that are not normalised, come near the largest number of half precision.
+FACE_DTYPE = torch.float32
+
 VERSIONS: tuple[weights.ModelVersion, ...] = ("v15", "v1")
 
 
@@ -88,19 +92,19 @@ def load_models(
     audio = AudioEncoder.load(files.whisper_dir, device=device, dtype=dtype)
     generator.check_audio_width(audio.d_model)
     with weights.loading(files.pose.name):
-        pose = rtmpose_from_state(weights.read_state(files.pose)).to(device, dtype)
+        pose = rtmpose_from_state(weights.read_state(files.pose)).to(device, FACE_DTYPE)
     with weights.loading(files.detector.name):
-        detector = s3fd_from_state(weights.read_state(files.detector)).to(device, dtype)
+        detector = s3fd_from_state(weights.read_state(files.detector)).to(device, FACE_DTYPE)
     with weights.loading(files.parsing.name):
-        parsing = bisenet_from_state(weights.read_state(files.parsing)).to(device, dtype)
+        parsing = bisenet_from_state(weights.read_state(files.parsing)).to(device, FACE_DTYPE)
     return Models(
         version=version,
         device=device,
         dtype=dtype,
         audio=audio,
         generator=generator,
-        faces=PoseFaceFinder(pose, detector, device=device, dtype=dtype),
-        parser=FaceParser(parsing, device=device, dtype=dtype),
+        faces=PoseFaceFinder(pose, detector, device=device, dtype=FACE_DTYPE),
+        parser=FaceParser(parsing, device=device, dtype=FACE_DTYPE),
     )
 
 

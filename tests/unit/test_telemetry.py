@@ -58,3 +58,15 @@ def test_an_unforeseen_error_says_where_it_happened() -> None:
     with pytest.raises(KeyError) as caught:
         fail()
     assert caught.value.stage == "upload"  # type: ignore[attr-defined]
+
+
+def test_an_exception_is_told_with_places_but_without_folders() -> None:
+    try:
+        raise RuntimeError("broken")
+    except RuntimeError as error:
+        record = logging.LogRecord(
+            "musetalk", logging.ERROR, __file__, 1, "x", None, (type(error), error, error.__traceback__)
+        )
+    text = json.loads(JsonFormatter().format(record))["exception"]
+    assert text.startswith("RuntimeError: broken (test_telemetry.py:")
+    assert "/" not in text
