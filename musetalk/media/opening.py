@@ -173,3 +173,14 @@ def packets(container: Any, stream: Any) -> Iterator[Any]:
         empty = av.Packet()
         empty.stream = stream
         yield empty
+
+
+def decode(packet: Any, what: str = "the source") -> list[Any]:
+    """The frames that come out of the decoder after `packet`; raises MediaError when the codec is not known."""
+    try:
+        return list(packet.decode())
+    except av.error.FFmpegError:
+        raise
+    except ValueError:
+        # Since PyAV 19 such streams have a codec that only fails here; before, they have none at all.
+        raise MediaError(f"{what} is in a format that cannot be decoded") from None

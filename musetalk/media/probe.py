@@ -17,12 +17,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+import av.error
+
 import errors
 from errors import MediaError, ProcessingError
 from musetalk.media import probe_child
 from musetalk.media.converting import applied_aspect, display_size, frame_colour, orientation
 from musetalk.media.limits import AudioInfo, MediaLimits, SourceInfo, audio_from_json, source_from_json
-from musetalk.media.opening import open_container, packets, picture_format, prepare_decoder, video_stream
+from musetalk.media.opening import decode, open_container, packets, picture_format, prepare_decoder, video_stream
 from musetalk.media.stills import inspect_picture
 from musetalk.media.timing import (
     PacketStamp,
@@ -161,10 +163,8 @@ def _first_frame(container: Any, stream: Any) -> tuple[Any, PacketTimes | None]:
 
 
 def _decoded(packet: Any) -> list[Any]:
-    import av.error
-
     try:
-        return list(packet.decode())
+        return decode(packet)
     except (av.error.MemoryError, av.error.DecoderNotFoundError, av.error.ArgumentError):
         raise
     except av.error.FFmpegError:

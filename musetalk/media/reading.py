@@ -14,7 +14,7 @@ from errors import MediaError
 from musetalk.frames import Planes
 from musetalk.media.converting import Deinterlacer, FrameConverter
 from musetalk.media.limits import MediaLimits, SourceInfo
-from musetalk.media.opening import open_container, packets, picture_format, prepare_decoder, video_stream
+from musetalk.media.opening import decode, open_container, packets, picture_format, prepare_decoder, video_stream
 from musetalk.media.stills import read_animation, read_still
 from musetalk.media.timing import Clock, Timed, as_fraction, on_grid, tolerance
 
@@ -123,7 +123,7 @@ def decoded_frames(container: Any, stream: Any, count: Callable[..., None]) -> I
     """
     for packet in packets(container, stream):
         try:
-            frames = packet.decode()
+            frames = decode(packet)
         except (av.error.MemoryError, av.error.DecoderNotFoundError, av.error.ArgumentError):
             # The last is what the pixel limit ends with.
             raise

@@ -20,6 +20,7 @@ from errors import MediaError
 from musetalk.media.limits import AudioInfo, MediaLimits
 from musetalk.media.opening import (
     audio_stream,
+    decode,
     ffmpeg_errors,
     open_container,
     packets,
@@ -128,7 +129,7 @@ def _decoded(container: Any, stream: Any, limits: MediaLimits) -> Iterator[tuple
     for packet in packets(container, stream):
         n_packets += 1
         try:
-            frames = packet.decode()
+            frames = decode(packet, WHAT)
         except (av.error.MemoryError, av.error.DecoderNotFoundError):
             raise
         except (av.error.FFmpegError, UnicodeDecodeError):
