@@ -5,10 +5,10 @@ Knows nothing of files but the model's own folder.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from errors import MediaError, WeightsError
+from errors import MediaError, ProcessingError, WeightsError
 from musetalk import weights
 
 SAMPLE_RATE = 16_000
@@ -27,9 +27,9 @@ FEATURE_RATE = 50  # Whisper states per second
 SAMPLES_PER_FEATURE = SAMPLE_RATE // FEATURE_RATE
 CONTEXT_LEFT = 4  # rows before the frame's own two
 WINDOW_ROWS = 10  # 2 * (2 + 2 + 1)
-# Sound longer than Whisper's 30 s is encoded in windows that overlap by this much; each window gives up half of it on
-# either side, so every state has been computed with at least 3 s of sound around it (upstream has none at its joints).
-OVERLAP_S = 6
+# Sound longer than one window (Whisper's 30 s) is encoded in windows that share a fifth with the next one. Each gives
+# up half of that: every state is computed with at least 3 s of sound on either side (upstream has none at its joints).
+OVERLAP_DIVISOR = 5
 # Windows in one pass of the encoder.
 ENCODER_BATCH = 4
 
@@ -45,17 +45,23 @@ def n_output_frames(n_samples: int, rate: Fraction) -> int:
 
 
 def n_feature_rows(n_samples: int) -> int:
-    """Whisper states that belong to `n_samples`: one for each whole 20 ms, at least one.
+    """Whisper states that belong to `n_samples`: one for each whole 20 ms, at least one (spec section 2, step 4).
 
-    In upstream's floating-point arithmetic, whose rounding gives one row less at some lengths.
+    In upstream's floating-point arithmetic: at some lengths it rounds to one row less, 0.58 s is the first.
     """
-    return max(1, math.floor(n_samples / SAMPLE_RATE * FEATURE_RATE))
+    return max(1, _upstream_feature_rows(n_samples))
+
+
+def _upstream_feature_rows(n_samples: int) -> int:
+    return math.floor(n_samples / SAMPLE_RATE * FEATURE_RATE)
 
 
 def window_start(index: int, rate: Fraction) -> int:
     """First feature row of output frame `index` (may be negative): four rows before the frame's own time.
 
-    Exact for any rate; equal to upstream's arithmetic for every whole rate from 25 to 49 (spec section 2).
+    Exact for any rate, and upstream's at every whole rate from 25 to 49 (spec section 2). Where the time is a whole
+    row, upstream's floating-point product may fall just below it and start one row earlier; that happens at 29 and 31
+    frames a second, first after 5 s.
     """
     return math.floor(index * FEATURE_RATE / rate) - CONTEXT_LEFT
 
@@ -73,10 +79,10 @@ def audio_windows(features: Tensor, first: int, count: int, rate: Fraction) -> T
 def gather_windows(features: Tensor, rows: NDArray[np.integer[Any]]) -> Tensor:
     """Feature rows by index: (T, layers, d) and (count, w) -> (count, w * layers, d); rows outside 0..T-1 are zero."""
     n_rows, n_layers, d_model = features.shape
-    inside = (rows >= 0) & (rows < n_rows)
-    index = torch.from_numpy(np.where(inside, rows, 0).astype(np.int64)).to(features.device)
-    keep = torch.from_numpy(inside).to(features.device)
-    windows = features[index] * keep[:, :, None, None].to(features.dtype)
+    outside = (rows < 0) | (rows >= n_rows)
+    index = torch.from_numpy(np.where(outside, 0, rows).astype(np.int64)).to(features.device)
+    drop = torch.from_numpy(outside).to(features.device)
+    windows = features[index].masked_fill(drop[:, :, None, None], 0)
     return windows.reshape(rows.shape[0], rows.shape[1] * n_layers, d_model)
 
 
@@ -87,7 +93,7 @@ def upstream_window_rows(n_samples: int, fps: float, pad_left: int = 2, pad_righ
     where upstream exits or raises.
     """
     whole_fps = int(fps)
-    n_features = n_feature_rows(n_samples)
+    n_features = _upstream_feature_rows(n_samples)
     n_frames = math.floor(n_samples / SAMPLE_RATE * whole_fps)
     if n_frames < 1:
         raise ValueError("the sound is shorter than one frame")
@@ -103,7 +109,7 @@ def upstream_window_rows(n_samples: int, fps: float, pad_left: int = 2, pad_righ
 
 
 class AudioEncoder:
-    """Whisper's encoder with all its states; of any size, as its configuration says."""
+    """Whisper's encoder with all its states; of any size, as its configuration says. For one thread at a time."""
 
     def __init__(
         self, encoder: WhisperEncoder, extractor: WhisperFeatureExtractor, device: torch.device, dtype: torch.dtype
@@ -112,6 +118,11 @@ class AudioEncoder:
         self._extractor = extractor
         self._device, self._dtype = device, dtype
         config = encoder.config
+        if extractor.feature_size != config.num_mel_bins:
+            raise WeightsError(
+                f"Whisper's spectrogram has {extractor.feature_size} bins by its preprocessor configuration, "
+                f"{config.num_mel_bins} by that of its encoder"
+            )
         self.d_model = int(config.d_model)
         self.n_layers = int(config.encoder_layers) + 1
         self._n_positions = int(config.max_source_positions)
@@ -154,28 +165,33 @@ class AudioEncoder:
         return torch.stack(states, dim=2)
 
     @torch.inference_mode()
-    def features(self, waveform: NDArray[np.float32], *, overlap_s: float = OVERLAP_S) -> Tensor:
+    def features(
+        self, waveform: NDArray[np.float32], *, overlap_s: float | None = None, batch_size: int = ENCODER_BATCH
+    ) -> Tensor:
         """Feature rows of a whole waveform, 50 per second: (n,) at 16 kHz -> (T, layers + 1, d_model).
 
         Sound of at most one window is encoded as upstream does it. Longer sound is cut into windows that overlap by
-        `overlap_s`; 0 gives upstream's pieces. Raises MediaError when there is no sound.
+        `overlap_s` (a fifth of the window unless given; 0 gives upstream's pieces), `batch_size` of them in one pass.
+        Raises MediaError when there is no sound, ProcessingError when the states are not finite.
         """
-        if waveform.ndim != 1 or len(waveform) == 0:
+        if waveform.ndim != 1:
+            raise ValueError(f"one channel of sound is wanted, not an array of shape {waveform.shape}")
+        if len(waveform) == 0:
             raise MediaError("the audio holds no sound")
         n_rows = n_feature_rows(len(waveform))
-        starts = window_starts(n_rows, self._n_positions, round(overlap_s * FEATURE_RATE))
-        parts: list[Tensor] = []
-        for first in range(0, len(starts), ENCODER_BATCH):
-            chosen = starts[first : first + ENCODER_BATCH]
+        overlap = self._n_positions // OVERLAP_DIVISOR if overlap_s is None else round(overlap_s * FEATURE_RATE)
+        starts = window_starts(n_rows, self._n_positions, overlap)
+        bounds = kept_bounds(starts, n_rows, self._n_positions)
+        features = torch.empty((n_rows, self.n_layers, self.d_model), device=self._device, dtype=self._dtype)
+        for first in range(0, len(starts), batch_size):
+            chosen = starts[first : first + batch_size]
             mels = [self.mel(waveform[start * SAMPLES_PER_FEATURE :][: self.window_samples]) for start in chosen]
-            parts.extend(self.states(torch.stack(mels)))
-        kept: list[Tensor] = []
-        for number, (start, states) in enumerate(zip(starts, parts, strict=True)):
-            begin = 0 if number == 0 else (starts[number - 1] + self._n_positions + start) // 2
-            is_last = number == len(starts) - 1
-            end = n_rows if is_last else (start + self._n_positions + starts[number + 1]) // 2
-            kept.append(states[begin - start : end - start])
-        return torch.cat(kept)
+            for number, states in enumerate(self.states(torch.stack(mels)), start=first):
+                begin, end = bounds[number], bounds[number + 1]
+                features[begin:end] = states[begin - starts[number] : end - starts[number]]
+        if not bool(torch.isfinite(features).all()):
+            raise ProcessingError("Whisper gave values that are not finite", retryable=False)
+        return features
 
 
 def window_starts(n_rows: int, n_positions: int, overlap: int) -> list[int]:
@@ -194,6 +210,15 @@ def window_starts(n_rows: int, n_positions: int, overlap: int) -> list[int]:
     return starts
 
 
+def kept_bounds(starts: Sequence[int], n_rows: int, n_positions: int) -> list[int]:
+    """Where one window hands over to the next: window k gives rows bounds[k] .. bounds[k + 1] - 1.
+
+    The middle of what two neighbours share; the first window keeps its start and the last its end.
+    """
+    joints = [(before + n_positions + after) // 2 for before, after in pairwise(starts)]
+    return [0, *joints, n_rows]
+
+
 def _encoder_state(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The encoder's tensors of a full or an encoder-only checkpoint, without their prefix."""
     for prefix in ("model.encoder.", "encoder."):
@@ -207,11 +232,12 @@ def _read_extractor(folder: Path, n_bins: int) -> WhisperFeatureExtractor:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return WhisperFeatureExtractor(feature_size=n_bins)
-    # The stored file may carry the mel filters themselves; they follow from the sizes, so only those are taken.
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    names = ("feature_size", "sampling_rate", "hop_length", "chunk_length", "n_fft", "padding_value")
-    with weights.loading("whisper/preprocessor_config.json"):
-        extractor = WhisperFeatureExtractor(**{name: raw[name] for name in names if name in raw})
-    if (extractor.sampling_rate, extractor.hop_length) != (SAMPLE_RATE, SAMPLES_PER_FEATURE // 2):
+    raw = weights.read_config(path)
+    rate, hop = raw.get("sampling_rate", SAMPLE_RATE), raw.get("hop_length", SAMPLES_PER_FEATURE // 2)
+    if (rate, hop) != (SAMPLE_RATE, SAMPLES_PER_FEATURE // 2):
         raise WeightsError("whisper/preprocessor_config.json is not for 16 kHz and 100 frames a second")
-    return extractor
+    # The stored file may carry the mel filters themselves; they follow from the sizes, so only those are taken.
+    names = ("feature_size", "chunk_length", "n_fft", "padding_value")
+    sizes = {"feature_size": n_bins, **{name: raw[name] for name in names if name in raw}}
+    with weights.loading("whisper/preprocessor_config.json"):
+        return WhisperFeatureExtractor(**sizes)

@@ -5,8 +5,10 @@ All sizes come from the configurations beside the weights. Knows no files of pic
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from musetalk import weights
 from musetalk.frames import UInt8Array
 from musetalk.geometry import Box
 
+logger = logging.getLogger(__name__)
+
 
 def crop_patch(frame: UInt8Array, box: Box, size_px: int) -> UInt8Array:
     """The part of a BGR picture inside `box`, stretched to (size_px, size_px, 3) with Lanczos; aspect is not kept.
@@ -37,7 +41,7 @@ def crop_patch(frame: UInt8Array, box: Box, size_px: int) -> UInt8Array:
 
 @cache
 def positional_encoding(n_tokens: int, d_model: int) -> Tensor:
-    """The sine/cosine table that tells audio tokens apart, float32 (n_tokens, d_model).
+    """The sine/cosine table that tells audio tokens apart, float32 (n_tokens, d_model); shared, so not to be written.
 
     sin on even, cos on odd channels, base 10000 (Vaswani et al. 2017, section 3.5; spec section 2, step 6).
     """
@@ -50,31 +54,37 @@ def positional_encoding(n_tokens: int, d_model: int) -> Tensor:
 
 
 class Generator:
-    """UNet and VAE on one device; shapes below are those of the official weights."""
+    """UNet and VAE on one device, for one thread at a time; shapes below are those of the official weights."""
 
     def __init__(
         self, unet: UNet2DConditionModel, vae: AutoencoderKL, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         """Raises WeightsError when the two do not belong together."""
-        # On a GPU the convolutions want channels last; on a CPU torch's group norm loses three digits in that layout.
-        self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        self._unet, self._vae = (self._placed(network, device, dtype) for network in (unet, vae))
-        self._device, self._dtype = device, dtype
-        self._scaling = float(vae.config.scaling_factor)
         n_latent = int(vae.config.latent_channels)
         if unet.config.in_channels != 2 * n_latent or unet.config.out_channels != n_latent:
             raise WeightsError(
                 f"UNet ({unet.config.in_channels} -> {unet.config.out_channels} channels) and VAE ({n_latent} latent "
                 "channels) do not belong together"
             )
-        self.crop_px = int(vae.config.sample_size)
-        self.latent_px = self.crop_px // 2 ** (len(vae.config.block_out_channels) - 1)
+        self._scaling = float(vae.config.scaling_factor)
+        self.crop_px = _whole(vae.config.sample_size)
+        reduction = 2 ** (len(vae.config.block_out_channels) - 1)
+        if self.crop_px % reduction:
+            raise WeightsError(f"the VAE's sample_size {self.crop_px} is no multiple of its reduction, {reduction}")
+        self.latent_px = self.crop_px // reduction
         self.latent_shape = (2 * n_latent, self.latent_px, self.latent_px)
+        self._unet, self._vae, self._device = unet, vae, device
+        # On a GPU the convolutions want channels last; on a CPU the encoder's group norms, whose sums torch takes
+        # differently in that layout, then miss the tolerance of the golden vectors.
+        self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self._place(dtype)
 
-    def _placed(self, network: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
-        # torch's own method: diffusers' warns about precisions that these networks do not have.
-        placed = nn.Module.to(network, device=device, dtype=dtype, memory_format=self._layout)  # type: ignore[call-overload]
-        return placed.eval().requires_grad_(False)
+    def _place(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        for network in (self._unet, self._vae):
+            # torch's own method: diffusers' warns about precisions that these networks do not have.
+            nn.Module.to(network, device=self._device, dtype=dtype, memory_format=self._layout)  # type: ignore[call-overload]
+            network.eval().requires_grad_(False)
 
     @classmethod
     def load(
@@ -92,86 +102,130 @@ class Generator:
         `unet_name` names the UNet's file in errors.
         """
         with weights.loading("musetalk.json"):
-            unet = UNet2DConditionModel(**dict(unet_config))
+            unet = build_empty(lambda: UNet2DConditionModel(**dict(unet_config)))
         weights.load_strictly(unet, unet_state, unet_name)
         return cls(unet, load_vae(vae_dir), device=device, dtype=dtype)
 
     def check_audio_width(self, d_model: int) -> None:
         """Raises WeightsError when the UNet listens to features of another width than `d_model`."""
         wanted = self._unet.config.cross_attention_dim
-        if wanted != d_model:
+        # One width for all blocks, or one for each.
+        if any(width != d_model for width in (wanted if isinstance(wanted, (list, tuple)) else [wanted])):
             raise WeightsError(f"the UNet listens to features of width {wanted}, Whisper gives {d_model}")
 
     @torch.inference_mode()
-    def moments(self, crops: UInt8Array) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the VAE's posterior for both views of BGR crops (n, 256, 256, 3).
+    def views(self, crops: UInt8Array) -> Tensor:
+        """What the VAE sees of BGR crops (n, 256, 256, 3): RGB in -1..1, (2, n, 3, 256, 256).
 
-        Each (2, n, 4, 32, 32): [0] with the lower half black (rows 128 and on at -1), [1] whole. Unscaled.
+        [0] with the lower half black (rows 128 and on at -1, blackened before normalising), [1] whole.
         """
         pixels = torch.from_numpy(np.ascontiguousarray(crops)).to(self._device)
         rgb = pixels.flip(-1).permute(0, 3, 1, 2).to(torch.float32) / 255.0
         masked = rgb.clone()
         masked[:, :, rgb.shape[2] // 2 :] = 0.0
-        views = ((torch.cat([masked, rgb]) - 0.5) / 0.5).to(self._dtype)
-        posterior = self._vae.encode(views.contiguous(memory_format=self._layout)).latent_dist
-        shape = (2, len(crops), *posterior.mean.shape[1:])
+        return (torch.stack([masked, rgb]) - 0.5) / 0.5
+
+    @torch.inference_mode()
+    def moments(self, crops: UInt8Array) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the VAE's posterior for both views of BGR crops, each (2, n, 4, 32, 32), unscaled.
+
+        Both views of all crops go through the encoder in one batch.
+        """
+        views = self.views(crops)
+        batch = views.flatten(0, 1).to(self._dtype).contiguous(memory_format=self._layout)
+        posterior = self._vae.encode(batch).latent_dist
+        shape = (*views.shape[:2], *posterior.mean.shape[1:])
         return posterior.mean.reshape(shape), posterior.logvar.reshape(shape)
 
     @torch.inference_mode()
     def encode(self, crops: UInt8Array) -> Tensor:
         """BGR crops uint8 (n, 256, 256, 3) -> source latents (n, 8, 32, 32): masked, then reference, scaled.
 
-        The posterior's mode, as in training; sampling would make the mouth flicker (spec section 3).
+        The posterior's mode, as in training; sampling would make the mouth flicker (spec section 3). Overflow and
+        errors as in `generate`.
         """
-        mean, _ = self.moments(crops)
-        return torch.cat([mean[0], mean[1]], dim=1) * self._scaling
+        dtype = self._dtype
+
+        def latents() -> Tensor:
+            mean, _ = self.moments(crops)
+            return torch.cat([mean[0], mean[1]], dim=1) * self._scaling
+
+        return self._finite(latents).to(dtype)
 
     @torch.inference_mode()
     def predict(self, latents: Tensor, windows: Tensor) -> Tensor:
-        """Source latents (n, 8, 32, 32), audio windows (n, 50, 384) -> predicted latents (n, 4, 32, 32); one pass."""
-        return self._predict(self._unet, latents, windows, self._dtype)
+        """Source latents (n, 8, 32, 32), audio windows (n, 50, 384) -> predicted latents (n, 4, 32, 32).
 
-    def _predict(self, unet: UNet2DConditionModel, latents: Tensor, windows: Tensor, dtype: torch.dtype) -> Tensor:
-        windows = windows.to(self._device, dtype)
-        table = positional_encoding(windows.shape[1], windows.shape[2]).to(self._device, dtype)
-        latents = latents.to(self._device, dtype).contiguous(memory_format=self._layout)
+        One pass at timestep 0; the tokens' positions are added here.
+        """
+        windows = windows.to(self._device, self._dtype)
+        table = positional_encoding(windows.shape[1], windows.shape[2]).to(self._device, self._dtype)
+        latents = latents.to(self._device, self._dtype).contiguous(memory_format=self._layout)
         timestep = torch.zeros((), dtype=torch.long, device=self._device)
-        predicted = unet(latents, timestep, encoder_hidden_states=windows + table, return_dict=False)[0]
+        predicted = self._unet(latents, timestep, encoder_hidden_states=windows + table, return_dict=False)[0]
         return torch.as_tensor(predicted)
 
     @torch.inference_mode()
     def decode(self, predicted: Tensor) -> Tensor:
         """Predicted latents (n, 4, 32, 32) -> pictures float32 (n, 3, 256, 256), RGB, 0..1 before clamping."""
-        return self._decode(self._vae, predicted.to(self._device, self._dtype))
-
-    def _decode(self, vae: AutoencoderKL, predicted: Tensor) -> Tensor:
-        pictures = vae.decode(predicted / self._scaling, return_dict=False)[0]
+        scaled = predicted.to(self._device, self._dtype) / self._scaling
+        pictures = self._vae.decode(scaled, return_dict=False)[0]
         return torch.as_tensor(pictures).float() / 2 + 0.5
 
     @torch.inference_mode()
     def generate(self, latents: Tensor, windows: Tensor) -> NDArray[np.uint8]:
         """Source latents (n, 8, 32, 32) and audio windows (n, 50, 384) -> patches uint8 (n, 256, 256, 3), BGR.
 
-        A chunk that half precision turns into NaN is computed once more in float32; raises ProcessingError when the
+        A chunk that overflows in half precision is computed once more in float32; raises ProcessingError when the
         result is not finite then either.
         """
-        pictures = self.decode(self.predict(latents, windows))
-        if not bool(torch.isfinite(pictures).all()):
-            pictures = self._generate_in_float32(latents, windows)
-        return to_bgr(pictures)
+        return to_bgr(self._finite(lambda: self.decode(self.predict(latents, windows))))
 
-    def _generate_in_float32(self, latents: Tensor, windows: Tensor) -> Tensor:
+    def _finite(self, compute: Callable[[], Tensor]) -> Tensor:
+        """`compute()`, once more in float32 if half precision makes NaN or infinity of it.
+
+        Looking at the end is enough: a value that is not finite makes NaN of its whole group in the next group norm.
+        """
+        result = compute()
+        if bool(torch.isfinite(result).all()):
+            return result
         if self._dtype != torch.float32:
-            try:
-                unet, vae = self._unet.float(), self._vae.float()
-                pictures = self._decode(vae, self._predict(unet, latents, windows, torch.float32))
-            finally:
-                # The same modules serve every job: back to what they were.
-                for network in (self._unet, self._vae):
-                    self._placed(network, self._device, self._dtype)
-            if bool(torch.isfinite(pictures).all()):
-                return pictures
+            logger.warning("values overflow in half precision: computing again in float32")
+            with self._in_float32():
+                result = compute()
+            if bool(torch.isfinite(result).all()):
+                return result
         raise ProcessingError("the networks gave values that are not finite", retryable=False)
+
+    @contextmanager
+    def _in_float32(self) -> Iterator[None]:
+        """Both networks in float32 for a while; the way there and back changes no weight."""
+        usual = self._dtype
+        try:
+            self._place(torch.float32)
+            yield
+        finally:
+            self._place(usual)
+
+
+def _whole(size: object) -> int:
+    if not isinstance(size, int):
+        raise WeightsError(f"the VAE's sample_size is {size}; one side of a square is wanted")
+    return size
+
+
+def build_empty(build: Callable[[], nn.Module]) -> Any:
+    """A network on the CPU whose tensors hold nothing yet, for a strict load.
+
+    Drawing the real UNet's 850 million random numbers, which the file then replaces, takes 11 s.
+    """
+    with torch.device("meta"):
+        network = build()
+    stored = network.state_dict().keys()
+    if any(name not in stored for name, _ in network.named_buffers()):
+        # A buffer that no checkpoint holds is computed when the network is built.
+        return build()
+    return network.to_empty(device="cpu")
 
 
 def to_bgr(pictures: Tensor) -> NDArray[np.uint8]:
@@ -193,7 +247,7 @@ def load_vae(folder: Path) -> AutoencoderKL:
     config = weights.read_config(folder / "config.json")
     name = f"{folder.name}/{path.name}"
     with weights.loading(f"{folder.name}/config.json"):
-        vae = AutoencoderKL(**config)
+        vae = build_empty(lambda: AutoencoderKL(**config))
     weights.load_strictly(vae, modern_vae_keys(state), name)
     return vae
 

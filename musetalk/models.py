@@ -87,7 +87,12 @@ def load_models(
     files = weights.locate(models_dir, version)
     unet_path, unet_config_path = unet_path or files.unet, unet_config_path or files.unet_config
     generator = Generator.load(
-        weights.read_config(unet_config_path), weights.read_state(unet_path), files.vae_dir, device=device, dtype=dtype
+        weights.read_config(unet_config_path),
+        weights.read_state(unet_path),
+        files.vae_dir,
+        device=device,
+        dtype=dtype,
+        unet_name=f"{unet_path.parent.name}/{unet_path.name}",
     )
     audio = AudioEncoder.load(files.whisper_dir, device=device, dtype=dtype)
     generator.check_audio_width(audio.d_model)

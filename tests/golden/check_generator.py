@@ -18,8 +18,6 @@ from tests.support.seeded import fill
 
 CPU = torch.device("cpu")
 SMALLEST_UNET = {
-    "in_channels": 8,
-    "out_channels": 4,
     "cross_attention_dim": 8,
     "block_out_channels": (8,),
     "layers_per_block": 1,
@@ -28,13 +26,15 @@ SMALLEST_UNET = {
     "down_block_types": ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",),
 }
-SMALLEST_VAE = {"block_out_channels": (8,), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 256}
+SMALLEST_VAE = {"block_out_channels": (8,), "norm_num_groups": 4, "sample_size": 256}
 
 
 def build(unet: UNet2DConditionModel | None = None, vae: AutoencoderKL | None = None) -> Generator:
     """A generator around one network under test, with the smallest partner that fits."""
-    unet = unet or UNet2DConditionModel(**SMALLEST_UNET)
-    return Generator(unet, vae or AutoencoderKL(**SMALLEST_VAE), device=CPU, dtype=torch.float32)
+    channels = vae.config.latent_channels if vae else unet.config.out_channels if unet else 4
+    unet = unet or UNet2DConditionModel(**{**SMALLEST_UNET, "in_channels": 2 * channels, "out_channels": channels})
+    vae = vae or AutoencoderKL(**{**SMALLEST_VAE, "latent_channels": channels})
+    return Generator(unet, vae, device=CPU, dtype=torch.float32)
 
 
 def check_posenc(path: Path) -> None:
@@ -68,8 +68,10 @@ def check_vae(path: Path) -> None:
     fill(vae, int(data["seed"]), float(data["gain"]))
     generator = build(vae=vae)
     crops = data["image_bgr"][None]
-    mean, logvar = generator.moments(crops)
+    views, (mean, logvar) = generator.views(crops), generator.moments(crops)
     for index, view in enumerate(("masked", "ref")):
+        if f"{view}_sub" in data:
+            assert absolute(every(views[index, 0].numpy(), data[f"{view}_sub"]), data[f"{view}_sub"]) < 1e-6
         if f"mean_{view}" in data:
             assert relative(mean[index].numpy(), data[f"mean_{view}"]) < 1e-4
             assert relative(logvar[index].numpy(), data[f"logvar_{view}"]) < 1e-4
