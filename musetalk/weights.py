@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -98,6 +99,21 @@ _ALSO: dict[str, tuple[str, ...]] = {
     "musetalk/pytorch_model.bin": ("musetalk/diffusion_pytorch_model.safetensors",),
 }
 
+# What torch's readers raise on bytes that are no checkpoint, or that end within one.
+_UNREADABLE = (
+    RuntimeError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -170,10 +186,15 @@ def _expected(entry: WeightFile) -> str:
 
 def _advice(path: Path) -> str:
     """What the manifest knows of a file, for messages about it."""
+    namesakes: list[WeightFile] = []
     for entry in MANIFEST:
-        if Path(entry.name).stem == path.stem or path.name in [Path(other).name for other in _ALSO.get(entry.name, ())]:
+        places = [Path(place) for place in (entry.name, *_ALSO.get(entry.name, ()))]
+        if any((place.parent.name, place.stem) == (path.parent.name, path.stem) for place in places):
             return f"; expected {_expected(entry)}"
-    return ""
+        if any(place.stem == path.stem for place in places):
+            namesakes.append(entry)
+    # Several folders hold a `pytorch_model.bin`: outside of them its name alone says nothing.
+    return f"; expected {_expected(namesakes[0])}" if len(namesakes) == 1 else ""
 
 
 def _broken(path: Path, what: str) -> WeightsError:
@@ -216,9 +237,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def _refuse_what_is_no_checkpoint(path: Path) -> None:
     """Says in words what a file is that downloads leave behind instead of weights."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(512)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise _broken(path, f"cannot be read ({error.strerror})") from None
     if size == 0:
         raise _broken(path, "is empty")
     text = head.lstrip().lower()
@@ -236,7 +260,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> object:
-    if not zipfile.is_zipfile(path):
+    try:
+        is_zip = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:
+        raise _broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
+    if not is_zip:
         with path.open("rb") as file:
             magic = file.read(4)
         if magic == b"PK\x03\x04":
@@ -250,16 +278,16 @@ def _read_torch(path: Path) -> object:
             stubs[name] = _stub(name)
         with torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-        raise _broken(path, f"cannot be read as a torch checkpoint ({_first_line(error)})") from None
+    except _UNREADABLE as error:
+        raise _broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
 
 
 def _read_legacy(path: Path) -> object:
     """Checkpoints from before torch 1.6: a sequence of pickles and raw storages."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-        raise _broken(path, f"is no torch checkpoint, or cut short ({_first_line(error)})") from None
+    except _UNREADABLE as error:
+        raise _broken(path, f"is no torch checkpoint, or cut short ({_cause(error)})") from None
 
 
 def _stub(name: str) -> type:
@@ -287,6 +315,13 @@ def _stub(name: str) -> type:
     module, _, qualified = name.rpartition(".")
     Stub.__module__, Stub.__qualname__, Stub.__name__ = module, qualified, qualified
     return Stub
+
+
+def _cause(error: BaseException) -> str:
+    """What torch's reader met; the advice it wraps this in, to load without protection, is left out."""
+    if isinstance(error, pickle.UnpicklingError) and error.__context__ is not None:
+        error = error.__context__
+    return type(error).__name__ if isinstance(error, LookupError) else _first_line(error).partition(". ")[0]
 
 
 def _first_line(error: BaseException) -> str:
