@@ -172,11 +172,13 @@ def bisenet_from_state(state: Mapping[str, Tensor]) -> BiseNet:
 
     Raises ValueError when keys or shapes are not those of a BiSeNet.
     """
-    try:
-        width, n_classes = state["cp.resnet.conv1.weight"].shape[0], state["conv_out.conv_out.weight"].shape[0]
-    except KeyError as key:
-        raise ValueError(f"not a BiSeNet face parser: {key} is missing") from None
-    network = BiseNet(width, n_classes)
+    sizes: list[int] = []
+    for key in ("cp.resnet.conv1.weight", "conv_out.conv_out.weight"):
+        kernel = state.get(key)
+        if kernel is None or kernel.ndim != 4 or len(kernel) == 0:
+            raise ValueError(f"not a BiSeNet face parser: '{key}' is missing or no convolution")
+        sizes.append(len(kernel))
+    network = BiseNet(*sizes)
     try:
         network.load_state_dict(dict(state), strict=True)
     except RuntimeError as error:

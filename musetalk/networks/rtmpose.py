@@ -225,9 +225,10 @@ def rtmpose_from_state(state: Mapping[str, Tensor]) -> RtmPose:
 
     Raises ValueError when keys or shapes are not those of an RTMPose-l whole-body network.
     """
-    if "backbone.stem.2.conv.weight" not in state:
-        raise ValueError("not an RTMPose network: 'backbone.stem.2.conv.weight' is missing")
-    network = RtmPose(state["backbone.stem.2.conv.weight"].shape[0] / 64)
+    stem = state.get("backbone.stem.2.conv.weight")
+    if stem is None or stem.ndim != 4 or len(stem) == 0:
+        raise ValueError("not an RTMPose network: 'backbone.stem.2.conv.weight' is missing or no convolution")
+    network = RtmPose(len(stem) / 64)
     try:
         network.load_state_dict(dict(state), strict=True)
     except RuntimeError as error:

@@ -90,9 +90,10 @@ def s3fd_from_state(state: Mapping[str, Tensor]) -> S3fd:
 
     Raises ValueError when keys or shapes are not those of an S3FD.
     """
-    if "conv1_1.weight" not in state:
-        raise ValueError("not an S3FD face detector: 'conv1_1.weight' is missing")
-    network = S3fd(state["conv1_1.weight"].shape[0])
+    first = state.get("conv1_1.weight")
+    if first is None or first.ndim != 4 or len(first) == 0:
+        raise ValueError("not an S3FD face detector: 'conv1_1.weight' is missing or no convolution")
+    network = S3fd(len(first))
     try:
         network.load_state_dict(dict(state), strict=True)
     except RuntimeError as error:
