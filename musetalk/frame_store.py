@@ -92,14 +92,14 @@ class FrameStore:
             self._file = None
 
     def _write(self, array: NDArray[Any]) -> _Place:
-        if self._file is None:
-            self._file, name = tempfile.mkstemp(prefix="frames-", dir=self._folder)
-            # Without a name the file is gone with the process, however that ends.
-            os.unlink(name)
         place = _Place(self.disk_used, array.shape, array.dtype)
         data = _bytes_of(np.ascontiguousarray(array)) if array.size else memoryview(b"")
         written = 0
         try:
+            if self._file is None:
+                self._file, name = tempfile.mkstemp(prefix="frames-", dir=self._folder)
+                # Without a name the file is gone with the process, however that ends.
+                os.unlink(name)
             while written < len(data):
                 written += os.pwrite(self._file, data[written:], place.offset + written)
         except OSError as error:
