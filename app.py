@@ -8,29 +8,26 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import closing
 from typing import Any
 
 from flask import Flask, Response, jsonify, request, send_from_directory
 from werkzeug.exceptions import HTTPException
 
-from config import Settings, load_settings
-from errors import MuseTalkError, RequestError
-from jobs import error_body, parse_job, result_body
-from musetalk_core import Core
-from telemetry import configure_logging, logger
+from config import load_settings
+from errors import MuseTalkError, RequestError, UnavailableError
+from jobs import Job, JobResult, error_body, parse_job, result_body
+from musetalk_core import Core, shared_core
+from orchestrator import Orchestrator, ProgressSender, completed_update, failed_update, orchestrator_settings
+from telemetry import logger
 
 # A job is a few addresses and numbers; a larger body is a mistake or an attack.
 MAX_BODY_BYTES = 1_000_000
 
 
-def create_app(settings: Settings | None = None, core: Core | None = None) -> Flask:
-    """The app around `core`; without one, a core that starts loading its models in the background."""
-    if core is None:
-        settings = settings or load_settings()
-        configure_logging(settings.log_level)
-        logger.info("settings", extra={"settings": settings.describe()})
-        core = Core(settings)
-        core.start_loading()
+def create_app(core: Core | None = None) -> Flask:
+    """The app around `core`; without one, around the process's own, which starts loading its models."""
+    core = core or shared_core()
     app = Flask("musetalk-worker", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
     app.extensions["core"] = core
@@ -67,7 +64,30 @@ def generate() -> tuple[Response, int]:
     job_id = body.get("musetalk_job_id") if isinstance(body, dict) else None
     request.environ["musetalk.job_id"] = job_id if isinstance(job_id, str) else None
     job = parse_job(body, queue_job_id=request.headers.get("Salad-Job-Id"))
-    return jsonify(result_body(_core().run_job(job))), 200
+    core = _core()
+    if not core.settings.orchestrator_url or not core.settings.internal_api_key:
+        return jsonify(result_body(core.run_job(job))), 200
+    return jsonify(result_body(_run_with_progress(core, job))), 200
+
+
+def _run_with_progress(core: Core, job: Job) -> JobResult:
+    """Run a job and tell the orchestrator how far it is, and how it ended before our caller hears of it.
+
+    The caller is Salad's binary, which throws the body of a 5xx away: what a failure meant goes out this way too. A
+    refusal because of another job is not this job's end and is not told.
+    """
+    with closing(Orchestrator(orchestrator_settings(core.settings))) as orchestrator:
+        sender = ProgressSender(orchestrator, job.job_id)
+        try:
+            result = core.run_job(job, on_progress=sender)
+        except UnavailableError:
+            sender.close()
+            raise
+        except Exception as error:
+            sender.finish(failed_update(error_body(error, job_id=job.job_id)[1]))
+            raise
+        sender.finish(completed_update(result))
+        return result
 
 
 def _json_body() -> object:
@@ -131,7 +151,7 @@ def main() -> int:
     except MuseTalkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    app = create_app(settings)
+    app = create_app()
     print(f"http://localhost:{settings.port}/hc says when the models are loaded", file=sys.stderr)
     app.run(host=settings.host, port=settings.port, threaded=True)
     return 0

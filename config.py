@@ -139,8 +139,17 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("B2_REALM", "b2_realm", _text, "B2 realm, or the address of a B2-compatible service.", "production"),
     Variable("B2_LINK_LIFETIME_SEC", "b2_link_lifetime_s", _whole(1, 604_800), "How long the link to a file in a private bucket is valid.", "604800"),
     Variable("UPLOAD_TIMEOUT_SEC", "upload_timeout_s", _seconds(1, 86400), "Limit for one whole upload, retries included.", "300"),
+    # How jobs arrive
+    Variable("WORKER_MODE", "worker_mode", _text, "`queue`: jobs are posted to `/generate`; `buffer`: the worker claims them from the orchestrator.", "queue"),
+    Variable("BUFFER_WORKER_ID", "buffer_worker_id", _text, "Name of this worker; being set selects buffer mode.", ""),
+    Variable("ORCHESTRATOR_BASE_URL", "orchestrator_url", _text, "Address of the orchestrator, for progress and (buffer mode) for jobs.", ""),
+    Variable("BUFFER_ORCHESTRATOR_BASE_URL", "buffer_orchestrator_url", _text, "Another address for the calls of buffer mode alone.", ""),
+    Variable("INTERNAL_API_KEY", "internal_api_key", _text, "Sent to the orchestrator as `X-Internal-API-Key`.", "", secret=True),
+    Variable("BUFFER_POLL_INTERVAL_SEC", "buffer_poll_interval_s", _seconds(0.05, 3600), "Pause between two claims when there is no job.", "10", aliases=("POLL_INTERVAL_SEC",)),
+    Variable("BUFFER_CAPACITY", "buffer_capacity", _whole(1, 1000), "Number sent in the heartbeat; one job is run at a time whatever it says.", "1"),
+    Variable("CONFIG_LABEL", "config_label", _text, "Free text, sent with every progress report.", "default"),
     # Who this worker is
-    Variable("WORKER_ID", "worker_id", _text, "Name of this worker in logs and reports; unset: the host's name.", "", aliases=("SALAD_MACHINE_ID",)),
+    Variable("WORKER_ID", "worker_id", _text, "Name of this worker in logs and reports; unset: the host's name.", "", aliases=("SALAD_MACHINE_ID", "VAST_CONTAINERLABEL")),
     Variable("GPU_CLASS", "gpu_class", _text, "GPU class echoed in metrics; unset: `unknown`.", "", aliases=("GPU_CLASS_NAME",)),
     Variable("LOG_LEVEL", "log_level", _choice("debug", "info", "warning", "error"), "Least severity that is logged.", "info"),
 )  # fmt: skip
@@ -187,10 +196,23 @@ class Settings:
     b2_realm: str
     b2_link_lifetime_s: int
     upload_timeout_s: float
+    worker_mode: str
+    buffer_worker_id: str
+    orchestrator_url: str
+    buffer_orchestrator_url: str
+    internal_api_key: str = field(repr=False)
+    buffer_poll_interval_s: float
+    buffer_capacity: int
+    config_label: str
     worker_id: str
     gpu_class: str | None
     log_level: str
     warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def is_buffer_mode(self) -> bool:
+        """Whether jobs are claimed from the orchestrator instead of posted to us."""
+        return self.worker_mode == "buffer" or bool(self.buffer_worker_id)
 
     @property
     def uses_b2(self) -> bool:
@@ -251,6 +273,12 @@ def _joint_problems(values: Mapping[str, Any]) -> Iterable[str]:
     unset = [name for name, setting in b2.items() if not values.get(setting)]
     if 0 < len(unset) < len(b2):
         yield f"{' and '.join(unset)} must be set as well, or none of {', '.join(b2)}"
+    for name in ("ORCHESTRATOR_BASE_URL", "BUFFER_ORCHESTRATOR_BASE_URL"):
+        address = values.get("orchestrator_url" if name[0] == "O" else "buffer_orchestrator_url")
+        if address and not re.fullmatch(r"https?://[^\s?#]+", address):
+            yield f"{name} must be an http or https address without query"
+    if not all(character.isprintable() and character.isascii() for character in values.get("internal_api_key") or ""):
+        yield "INTERNAL_API_KEY must not hold control characters"
     base = values.get("public_base_url")
     if base and not re.fullmatch(r"https?://[^\s?#]+", base):
         yield "PUBLIC_BASE_URL must be an http or https address without query"
@@ -261,6 +289,15 @@ def _resolve(values: dict[str, Any]) -> None:
     for name in ("models_dir", "output_dir", "work_dir", "unet_path", "unet_config_path"):
         if values[name] is not None:
             values[name] = (ROOT / values[name]).resolve()
-    values["worker_id"] = values["worker_id"] or socket.gethostname()
+    mode = values["worker_mode"].lower()
+    if mode not in ("queue", "buffer"):
+        values["warnings"] = (f"WORKER_MODE is {mode!r}, which is no mode of this worker: queue mode is used",)
+        mode = "queue"
+    values["worker_mode"] = "buffer" if values["buffer_worker_id"] else mode
+    host = socket.gethostname()
+    fallback = f"buffer-{host}" if values["worker_mode"] == "buffer" else host
+    values["worker_id"] = values["buffer_worker_id"] or values["worker_id"] or fallback
+    for name in ("orchestrator_url", "buffer_orchestrator_url"):
+        values[name] = values[name].rstrip("/")
     values["gpu_class"] = values["gpu_class"] or None
     values["public_base_url"] = (values["public_base_url"] or f"http://localhost:{values['port']}").rstrip("/")

@@ -82,6 +82,7 @@ class Core:
         self._encoder: EncoderSettings | None = None
         self._failure: str | None = None
         self._draining = threading.Event()
+        self._watched: list[Callable[[], str | None]] = []
 
     # -- lifecycle ----------------------------------------------------------------------------------------------------
 
@@ -130,6 +131,19 @@ class Core:
         thread.start()
         return thread
 
+    def refuse(self, reason: str) -> None:
+        """Take no job at all, for a reason that only a person can change."""
+        self._failure = reason
+
+    def watch(self, problem: Callable[[], str | None]) -> None:
+        """Ask `problem()` at each look at the readiness: a text means that the worker is not healthy."""
+        self._watched.append(problem)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job runs right now."""
+        return self._slot.locked()
+
     def drain(self) -> None:
         """Take no further job; the running one goes on."""
         self._draining.set()
@@ -144,6 +158,9 @@ class Core:
             return Readiness("starting", model, "the models are loading")
         if self._draining.is_set():
             return Readiness("draining", model, "the worker is shutting down")
+        for problem in self._watched:
+            if (reason := problem()) is not None:
+                return Readiness("failed", model, reason)
         return Readiness("busy" if self._slot.locked() else "ready", model)
 
     @contextmanager
@@ -366,6 +383,28 @@ def clean_work_dir(work_dir: Path) -> int:
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     return len(stale)
+
+
+_shared: Core | None = None
+_shared_lock = threading.Lock()
+
+
+def shared_core() -> Core:
+    """The one core of this process, made and loading from the first call on; both front doors use it.
+
+    Raises SettingsError when the environment is wrong.
+    """
+    global _shared  # noqa: PLW0603 - one GPU, one set of models, one process
+    with _shared_lock:
+        if _shared is None:
+            settings = load_settings()
+            configure_logging(settings.log_level)
+            logger.info("settings", extra={"settings": settings.describe()})
+            for warning in settings.warnings:
+                logger.warning(warning)
+            _shared = Core(settings)
+            _shared.start_loading()
+        return _shared
 
 
 @contextmanager

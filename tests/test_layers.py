@@ -21,15 +21,19 @@ ALLOWED: dict[str, set[str]] = {
     "storage": {"errors", "backblaze"},
     "backblaze": {"errors", "storage", "connections"},
     "telemetry": {"errors", "jobs"},
+    "orchestrator": {"errors", "config", "jobs", "telemetry"},
+    "poller": {"errors", "jobs", "telemetry", "musetalk_core", "orchestrator"},
     "musetalk_core": {"errors", "config", "jobs", "downloads", "storage", "telemetry", "musetalk"},
-    "app": {"errors", "config", "jobs", "telemetry", "musetalk_core"},
-    "gunicorn.conf": {"config"},
+    "app": {"errors", "config", "jobs", "telemetry", "musetalk_core", "orchestrator"},
+    "gunicorn.conf": {"config", "musetalk_core", "poller"},
 }
 # What a part must never import, also not from outside.
 FORBIDDEN: dict[str, set[str]] = {
     "app": {"torch", "cv2", "av", "numpy", "b2sdk"},
     "config": {"torch", "flask"},
     "jobs": {"torch", "flask", "requests"},
+    "orchestrator": {"torch", "flask"},
+    "poller": {"torch", "flask", "b2sdk", "requests"},
     "musetalk_core": {"cv2", "av", "numpy", "flask", "torch"},
     "musetalk": {"flask", "requests", "b2sdk", "gunicorn", "dotenv"},
     "musetalk/media": {"torch"},

@@ -3,105 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
 
 from musetalk import media
 from tests.e2e.test_render import FACE, make_audio, make_source
-
-ROOT = Path(__file__).resolve().parents[2]
-START_LIMIT_S = 90
-
-
-class Server:
-    """One Gunicorn process group, its address and its log."""
-
-    def __init__(self, folder: Path, models: Path, **environment: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.folder = folder
-        self.log_path = folder / "log.txt"
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        variables = {
-            **kept,
-            "PYTHONUNBUFFERED": "1",
-            "OMP_NUM_THREADS": "2",
-            "WORKER_HOST": "127.0.0.1",
-            "WORKER_PORT": str(port),
-            "MUSETALK_MODELS_DIR": str(models),
-            "MUSETALK_DEVICE": "cpu",
-            "OUTPUT_DIR": str(folder / "outputs"),
-            "WORK_DIR": str(folder / "work"),
-            "ALLOW_FILE_URLS": "1",
-            "FILE_URL_ROOTS": str(folder / "media"),
-            **environment,
-        }
-        (folder / "media").mkdir(exist_ok=True)
-        self.log = self.log_path.open("wb")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "--config", str(ROOT / "gunicorn.conf.py")],
-            cwd=ROOT,
-            env=variables,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-        )
-
-    def health(self) -> tuple[int, dict[str, Any]]:
-        answer = requests.get(f"{self.url}/hc", timeout=10)
-        return answer.status_code, answer.json()
-
-    def wait_for(self, state: int) -> dict[str, Any]:
-        """Ask until /hc answers with this status; fails when the process ends or the time is over."""
-        limit = time.monotonic() + START_LIMIT_S
-        while time.monotonic() < limit:
-            assert self.process.poll() is None, self.log_text()
-            try:
-                status, body = self.health()
-            except requests.ConnectionError:
-                continue
-            if status == state:
-                return body
-        raise AssertionError(f"/hc did not become {state}:\n{self.log_text()}")
-
-    def post(self, body: Any) -> requests.Response:
-        return requests.post(f"{self.url}/generate", json=body, timeout=120)
-
-    def job(self, job_id: str, **fields: Any) -> dict[str, Any]:
-        """A job about the files in the media folder."""
-        return {
-            "musetalk_job_id": job_id,
-            "video_url": (self.folder / "media/source.mp4").as_uri(),
-            "audio_url": (self.folder / "media/audio.wav").as_uri(),
-            "params": {"face_box": list(FACE)},
-            **fields,
-        }
-
-    def log_text(self) -> str:
-        return self.log_path.read_text(encoding="utf-8", errors="replace")
-
-    def stop(self) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        self.log.close()
-        return self.process.returncode
+from tests.support.server import START_LIMIT_S, Server
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,346 @@
+"""The orchestrator's routes and wire names: heartbeat, claim, end of a job, progress (protocol sections 5 and 6).
+
+Every call has a limit on the whole of it, follows no redirect with the key attached, and comes back as a `Reply`, never
+as an exception: an orchestrator that is down is weather, not an error of ours. Knows nothing of the core.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import quote
+
+import requests
+from requests.adapters import HTTPAdapter
+
+from config import Settings
+from errors import MuseTalkError
+from jobs import JobResult, Stage, result_body
+from telemetry import logger
+
+Status = Literal["idle", "busy"]
+
+_MAX_REPLY_BYTES = 1_000_000
+_MAX_ERROR_CHARACTERS = 2000
+
+# Stages in the orchestrator's words, and where each starts on its scale from 0 to 1.
+_PHASES: dict[Stage, tuple[str, float]] = {
+    "download": ("downloading", 0.05),
+    "validation": ("preparing", 0.06),
+    "preprocessing": ("preparing", 0.08),
+    "inference": ("inferring", 0.1),
+    "postprocessing": ("encoding", 0.9),
+    "upload": ("uploading", 0.95),
+}
+_INFERENCE_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class OrchestratorSettings:
+    """Where the orchestrator is and who calls; the key is kept out of `repr`. Times in seconds."""
+
+    base_url: str
+    buffer_base_url: str
+    api_key: str
+    worker_id: str
+    gpu_class: str
+    capacity: int = 1
+    config_label: str = "default"
+    batch_size: int = 8
+    connect_timeout_s: float = 3.0
+    read_timeout_s: float = 5.0
+    total_timeout_s: float = 8.0
+
+    def __repr__(self) -> str:
+        return f"OrchestratorSettings({self.base_url!r}, worker_id={self.worker_id!r})"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What became of a call: the status and decoded body, or why there is none."""
+
+    status: int | None
+    body: Any = None
+    problem: str | None = None
+    retry_after_s: float | None = None
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the orchestrator took it (any 2xx)."""
+        return self.status is not None and 200 <= self.status < 300
+
+    @property
+    def is_unauthorised(self) -> bool:
+        """Whether the key is wrong."""
+        return self.status in (401, 403)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether sending the same again is pointless: taken, or no longer wanted."""
+        return self.is_accepted or self.status in (404, 409, 410)
+
+    def describe(self) -> str:
+        """The outcome for a log or a heartbeat's `error`."""
+        return self.problem or (f"HTTP {self.status}" if self.status is not None else "no reply")
+
+
+def orchestrator_settings(settings: Settings) -> OrchestratorSettings:
+    """The part of the settings that the orchestrator's client needs."""
+    return OrchestratorSettings(
+        base_url=settings.orchestrator_url,
+        buffer_base_url=settings.buffer_orchestrator_url or settings.orchestrator_url,
+        api_key=settings.internal_api_key,
+        worker_id=settings.worker_id,
+        gpu_class=settings.gpu_class or "Unknown GPU",
+        capacity=settings.buffer_capacity,
+        config_label=settings.config_label,
+        batch_size=settings.batch_size,
+    )
+
+
+class Orchestrator:
+    """One worker's calls; each thread that calls should own its instance, since a connection serves one at a time."""
+
+    def __init__(self, settings: OrchestratorSettings) -> None:
+        self.settings = settings
+        self._session = requests.Session()
+        self._session.headers.update({"X-Internal-API-Key": settings.api_key, "User-Agent": "musetalk-worker"})
+        self._session.mount("http://", HTTPAdapter(pool_connections=2, pool_maxsize=2))
+        self._session.mount("https://", HTTPAdapter(pool_connections=2, pool_maxsize=2))
+
+    def heartbeat(self, status: Status, error: str | None) -> Reply:
+        """Say that this worker is alive and whether it has a job."""
+        body = {
+            "status": status,
+            "gpu_class": self.settings.gpu_class,
+            "capacity": self.settings.capacity,
+            "error": error,
+        }
+        worker = quote(self.settings.worker_id, safe="")
+        return self._post(f"{self.settings.buffer_base_url}/internal/buffer/workers/{worker}/heartbeat", body)
+
+    def claim(self) -> Reply:
+        """Ask for a job; `claimed_job` reads the reply."""
+        return self._post(
+            f"{self.settings.buffer_base_url}/internal/buffer/jobs/claim", {"worker_id": self.settings.worker_id}
+        )
+
+    def report(self, buffer_job_id: str, body: Mapping[str, object]) -> Reply:
+        """Tell how a claimed job ended; once more with the four known fields when the others are not understood."""
+        url = f"{self.settings.buffer_base_url}/internal/buffer/jobs/{quote(buffer_job_id, safe='')}/status"
+        reply = self._post(url, body)
+        known = {name: body.get(name) for name in ("status", "error", "output_url", "metrics")}
+        if reply.status == 422 and known != dict(body):
+            reply = self._post(url, known)
+        return reply
+
+    def progress(self, job_id: str, update: Mapping[str, object]) -> Reply:
+        """Tell how far a job is; best effort."""
+        body = {
+            **update,
+            "worker_id": self.settings.worker_id,
+            "config_label": self.settings.config_label,
+            "batch_size": self.settings.batch_size,
+        }
+        return self._post(f"{self.settings.base_url}/internal/jobs/{quote(job_id, safe='')}/progress", body)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    def _post(self, url: str, body: Mapping[str, object]) -> Reply:
+        settings = self.settings
+        ends = time.monotonic() + settings.total_timeout_s
+        try:
+            with self._session.post(
+                url,
+                data=json.dumps(body, allow_nan=False).encode(),
+                headers={"Content-Type": "application/json"},
+                timeout=(settings.connect_timeout_s, settings.read_timeout_s),
+                allow_redirects=False,
+                stream=True,
+            ) as response:
+                received = bytearray()
+                for block in response.iter_content(4096):
+                    received += block
+                    if len(received) > _MAX_REPLY_BYTES:
+                        return Reply(response.status_code, problem="the reply is too large")
+                    if time.monotonic() > ends:
+                        return Reply(None, problem="the reply took too long")
+                return Reply(
+                    response.status_code,
+                    body=_decoded(bytes(received)),
+                    retry_after_s=_seconds(response.headers.get("Retry-After")),
+                )
+        except requests.Timeout:
+            return Reply(None, problem="the orchestrator did not answer in time")
+        except (requests.RequestException, OSError) as error:
+            return Reply(None, problem=f"the orchestrator cannot be reached ({type(error).__name__})")
+
+
+def _decoded(body: bytes) -> Any:
+    try:
+        return json.loads(body) if body.strip() else None
+    except (ValueError, RecursionError):
+        return Unreadable()
+
+
+class Unreadable:
+    """Stands for a body that is not JSON."""
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        seconds = float(text) if text else None
+    except ValueError:
+        return None
+    return seconds if seconds is not None and 0 <= seconds < 86_400 else None
+
+
+def claimed_job(reply: Reply) -> tuple[dict[str, Any] | None, str | None]:
+    """The job in a claim's reply, and what is wrong with the reply (None when there is simply no job)."""
+    if not reply.is_accepted:
+        return None, reply.describe()
+    body = reply.body
+    if body is None:
+        return None, None
+    if not isinstance(body, dict) or "job" not in body:
+        return None, "the claim was answered with something that is no job"
+    job, error = body["job"], body.get("error")
+    if job is None:
+        return None, f"the orchestrator says: {str(error)[:200]}" if error else None
+    if not isinstance(job, dict):
+        return None, "the claimed job is no JSON object"
+    return job, None
+
+
+def succeeded_report(result: JobResult) -> dict[str, object]:
+    """The end of a job that has a video."""
+    body = result_body(result)
+    return {"status": "succeeded", "error": None, "output_url": result.output_url, "metrics": body["metrics"]}
+
+
+def failed_report(body: Mapping[str, object]) -> dict[str, object]:
+    """The end of a job without a video, from the error body; type and stage are in the text for who reads only that."""
+    text = f"{body['error_type']} at {body['stage']}: {body['error_message']}"
+    return {
+        "status": "failed",
+        "error": text[:_MAX_ERROR_CHARACTERS],
+        "output_url": None,
+        "metrics": None,
+        "error_type": body["error_type"],
+        "stage": body["stage"],
+        "retryable": body["retryable"],
+    }
+
+
+def stage_update(stage: Stage, done: int, total: int) -> dict[str, object]:
+    """A running job's progress: phase, fraction 0..1, and frames during inference."""
+    phase, fraction = _PHASES[stage]
+    update: dict[str, object] = {"status": "running", "phase": phase}
+    if stage == "inference" and total > 0:
+        fraction += _INFERENCE_SHARE * min(done, total) / total
+        update["metrics"] = {"frames_done": done, "frames_total": total}
+    update["progress"] = round(fraction, 4)
+    return update
+
+
+def completed_update(result: JobResult) -> dict[str, object]:
+    """The last progress of a job that has a video, with where it lies."""
+    body = result_body(result)
+    metrics = body["metrics"]
+    assert isinstance(metrics, dict)
+    where = {"b2_bucket": result.bucket, "b2_file_name": result.object_name if result.bucket else None}
+    return {
+        "status": "succeeded",
+        "phase": "completed",
+        "progress": 1.0,
+        "output_url": result.output_url,
+        "metrics": {**metrics, **where},
+    }
+
+
+def failed_update(body: Mapping[str, object]) -> dict[str, object]:
+    """The last progress of an attempt without a video; a retryable one is not the job's end, so it stays running."""
+    text = f"{body['error_type']} at {body['stage']}: {body['error_message']}"[:_MAX_ERROR_CHARACTERS]
+    if body["retryable"]:
+        return {"status": "running", "error": text}
+    return {"status": "failed", "phase": "failed", "progress": 0.0, "error": text}
+
+
+class ProgressSender:
+    """Sends one job's progress from a thread of its own: newest wins, never waited for, the last update retried.
+
+    Use in a `with` block around the job; `finish` is called with the last update before the caller is answered.
+    """
+
+    def __init__(self, orchestrator: Orchestrator, job_id: str, *, interval_s: float = 1.0, step: float = 0.05) -> None:
+        self._orchestrator, self._job_id = orchestrator, job_id
+        self._interval_s, self._step = interval_s, step
+        self._changed = threading.Condition()
+        self._waiting: dict[str, object] | None = None
+        self._closed = False
+        self._highest = 0.0
+        self._sent: tuple[object, float] = (None, -1.0)
+        self._thread = threading.Thread(target=self._run, name="progress-sender", daemon=True)
+        self._thread.start()
+
+    def __call__(self, stage: Stage, done: int, total: int) -> None:
+        """Take note of the progress; returns at once."""
+        update = stage_update(stage, done, total)
+        fraction = update["progress"]
+        assert isinstance(fraction, float)
+        self._highest = max(self._highest, fraction)
+        update["progress"] = self._highest
+        phase, sent = self._sent
+        if update["phase"] == phase and self._highest - sent < self._step:
+            return
+        with self._changed:
+            self._waiting = update
+            self._changed.notify()
+
+    def finish(self, update: Mapping[str, object], *, limit_s: float = 20.0) -> bool:
+        """Send the last update after whatever is under way; tries again until it is taken or `limit_s` is over."""
+        self.close()
+        ends = time.monotonic() + limit_s
+        pause = 0.5
+        while True:
+            reply = self._orchestrator.progress(self._job_id, update)
+            if reply.is_final or reply.is_unauthorised or time.monotonic() + pause > ends:
+                if not reply.is_accepted:
+                    logger.warning("the last progress was not taken", extra={"reason": reply.describe()})
+                return reply.is_accepted
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    def close(self) -> None:
+        """Stop sending; what waits is dropped. Waits for a call under way, whose time is limited."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._waiting is None and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                update, self._waiting = self._waiting, None
+            assert update is not None
+            fraction = update["progress"]
+            assert isinstance(fraction, float)
+            self._sent = (update["phase"], fraction)
+            self._orchestrator.progress(self._job_id, update)
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed, timeout=self._interval_s)
+
+
+def error_text(error: BaseException) -> str:
+    """What a heartbeat says of the last error."""
+    return error.message if isinstance(error, MuseTalkError) else f"unexpected {type(error).__name__}"

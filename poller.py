@@ -1,0 +1,394 @@
+"""Buffer mode: claim jobs, run them, report their end; a heartbeat of its own all the while (protocol section 5).
+
+`start` is called by Gunicorn's post_fork hook. Knows the core and the orchestrator; no Flask, no torch, no storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errors import CancelledError, RequestError
+from jobs import Job, error_body, parse_job
+from musetalk_core import Core
+from orchestrator import (
+    Orchestrator,
+    OrchestratorSettings,
+    ProgressSender,
+    Reply,
+    claimed_job,
+    error_text,
+    failed_report,
+    orchestrator_settings,
+    succeeded_report,
+)
+from telemetry import job_logging, logger
+
+HEARTBEAT_S = 10.0
+MAX_BACKOFF_S = 60.0
+# How long a report that the orchestrator does not take is tried again.
+REPORT_LIFETIME_S = 24 * 3600.0
+# Ends of jobs that are remembered, to answer when one is handed out again.
+REMEMBERED_ENDS = 200
+
+
+class Backoff:
+    """Pauses after failures: 1, 2, 4 .. 60 s, a little random so that a fleet does not knock together."""
+
+    def __init__(self, longest_s: float = MAX_BACKOFF_S) -> None:
+        self._longest_s = longest_s
+        self._failures = 0
+
+    def reset(self) -> None:
+        """After a success."""
+        self._failures = 0
+
+    def next_s(self, retry_after_s: float | None = None) -> float:
+        """The pause after one more failure; the other side's wish counts when it is longer."""
+        pause = min(self._longest_s, 2.0 ** min(self._failures, 10))
+        self._failures += 1
+        pause *= random.uniform(0.75, 1.0)  # noqa: S311 - spreads load, hides nothing
+        return min(self._longest_s, max(pause, retry_after_s or 0.0))
+
+
+@dataclass(frozen=True)
+class Report:
+    """The end of a job on its way to the orchestrator."""
+
+    buffer_job_id: str
+    body: Mapping[str, object]
+    created: float  # seconds since the epoch, because it outlives the process
+
+
+class Outbox:
+    """Reports that were not taken yet, one small file each, so that a restart loses none."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, report: Report) -> Path:
+        """Store a report; a later one about the same job replaces it."""
+        path = self._folder / f"{hashlib.sha256(report.buffer_job_id.encode()).hexdigest()[:32]}.json"
+        part = path.with_suffix(".part")
+        text = json.dumps({"id": report.buffer_job_id, "body": dict(report.body), "created": report.created})
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        return path
+
+    def reports(self) -> list[tuple[Path, Report]]:
+        """All stored reports, oldest first; files that cannot be read are removed with a log line."""
+        found: list[tuple[Path, Report]] = []
+        for path in self._folder.glob("*.json"):
+            try:
+                plain = json.loads(path.read_text(encoding="utf-8"))
+                found.append((path, Report(str(plain["id"]), dict(plain["body"]), float(plain["created"]))))
+            except (OSError, ValueError, KeyError, TypeError):
+                logger.error("a stored report cannot be read and is dropped", extra={"file": path.name})
+                path.unlink(missing_ok=True)
+        return sorted(found, key=lambda pair: pair[1].created)
+
+
+class Heartbeat(threading.Thread):
+    """Says every ten seconds that the worker lives, whatever the job does; takes no lock that a job holds."""
+
+    def __init__(self, orchestrator: Orchestrator, core: Core, interval_s: float = HEARTBEAT_S) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self._orchestrator, self._core, self._interval_s = orchestrator, core, interval_s
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._error: str | None = None
+        self._was_accepted: bool | None = None
+        self.last_accepted: float | None = None
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the last heartbeat was taken: no job is claimed before."""
+        return bool(self._was_accepted)
+
+    def tell(self, error: str | None = None) -> None:
+        """Send one now: a job began or ended, or something went wrong."""
+        if error is not None:
+            self._error = error
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Send a last one and end."""
+        self._stopping.set()
+        self._wake.set()
+
+    def run(self) -> None:
+        """Beat until stopped."""
+        next_s = time.monotonic()
+        while True:
+            stopping = self._stopping.is_set()
+            self.beat()
+            if stopping:
+                self._orchestrator.close()
+                return
+            # The next start counts from the last one, so that a slow call does not stretch the gap.
+            next_s = max(next_s + self._interval_s, time.monotonic())
+            if self._wake.wait(max(0.0, next_s - time.monotonic())):
+                next_s = time.monotonic()
+            self._wake.clear()
+
+    def beat(self) -> Reply:
+        """One heartbeat with the truth of this moment."""
+        readiness = self._core.readiness
+        error = self._error
+        if not readiness.is_healthy and readiness.reason:
+            error = readiness.reason
+        reply = self._orchestrator.heartbeat("busy" if self._core.is_busy else "idle", error)
+        if reply.is_accepted:
+            self.last_accepted = time.monotonic()
+            if self._error == error:
+                self._error = None
+        if reply.is_accepted != self._was_accepted:
+            level = 20 if reply.is_accepted else 40
+            logger.log(level, "heartbeats are accepted" if reply.is_accepted else "heartbeats are not accepted",
+                       extra={} if reply.is_accepted else {"reason": reply.describe()})  # fmt: skip
+        self._was_accepted = reply.is_accepted
+        return reply
+
+
+class Poller:
+    """The claim loop; `step` is one round and returns how long to wait before the next."""
+
+    def __init__(
+        self,
+        core: Core,
+        settings: OrchestratorSettings,
+        folder: Path,
+        *,
+        poll_interval_s: float,
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
+        self.core = core
+        self._settings = settings
+        self._orchestrator = Orchestrator(settings)
+        self.heartbeat = Heartbeat(Orchestrator(settings), core, heartbeat_s)
+        self.outbox = Outbox(folder / "outbox")
+        self._current_path = folder / "claimed.json"
+        self._poll_interval_s = poll_interval_s
+        self._claim_backoff, self._report_backoff = Backoff(), Backoff()
+        self._next_report = 0.0
+        self._ends: OrderedDict[str, Mapping[str, object]] = OrderedDict()
+        self._stopping = threading.Event()
+        self._abandon = threading.Event()
+        self._wake = threading.Event()
+        self._problem: str | None = None
+        self._report_orphan()
+
+    def run(self) -> None:
+        """Claim and run jobs until told to stop; whatever goes wrong in a round, the loop goes on."""
+        while not self._stopping.is_set():
+            try:
+                pause = self.step()
+            except Exception as error:  # noqa: BLE001 - a round may fail, the loop may not
+                logger.error("a round of the claim loop failed", exc_info=error)
+                self.heartbeat.tell(error_text(error))
+                pause = self._claim_backoff.next_s()
+            self._wake.wait(pause)
+            self._wake.clear()
+        self._deliver(force=True)
+        self.heartbeat.stop()
+        self._orchestrator.close()
+
+    def start(self) -> None:
+        """Run the loop in a daemon thread."""
+        self.heartbeat.start()
+        self._thread = threading.Thread(target=self.run, name="poller", daemon=True)
+        self._thread.start()
+
+    def join(self, limit_s: float) -> bool:
+        """Wait until the loop has ended; whether it has within `limit_s`."""
+        self._thread.join(limit_s)
+        return not self._thread.is_alive()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether both threads live; a worker whose loop died must not look healthy."""
+        return self._thread.is_alive() and self.heartbeat.is_alive()
+
+    def stop(self) -> None:
+        """Claim no more; the running job goes on."""
+        self._stopping.set()
+        self._wake.set()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the loop was told to end."""
+        return self._stopping.is_set()
+
+    def abandon(self) -> None:
+        """Stop the running job at its next batch; it is reported as retryable."""
+        self._abandon.set()
+        self.stop()
+
+    def step(self) -> float:
+        """One round: deliver what waits, then claim and run a job if the worker can take one; seconds to pause."""
+        self._deliver()
+        if not self.heartbeat.is_accepted or self.core.readiness.state != "ready":
+            return 0.5
+        reply = self._orchestrator.claim()
+        claimed, problem = claimed_job(reply)
+        self._note(problem)
+        if problem is not None:
+            self.heartbeat.tell(problem)
+            return self._claim_backoff.next_s(reply.retry_after_s)
+        self._claim_backoff.reset()
+        if claimed is None:
+            return self._poll_interval_s * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load, hides nothing
+        self._handle(claimed)
+        return 0.0
+
+    def _note(self, problem: str | None) -> None:
+        """One log line when claims begin to fail or work again, not one for each try."""
+        if problem != self._problem:
+            if problem is None:
+                logger.info("claims work again")
+            else:
+                logger.warning("no job can be claimed", extra={"reason": problem})
+        self._problem = problem
+
+    def _handle(self, claimed: dict[str, Any]) -> None:
+        buffer_job_id = claimed.get("buffer_job_id")
+        if isinstance(buffer_job_id, (int, str)) and not isinstance(buffer_job_id, bool) and str(buffer_job_id):
+            buffer_job_id = str(buffer_job_id)
+        else:
+            logger.error("a claimed job has no buffer_job_id; it can be neither run nor reported")
+            self.heartbeat.tell("a claimed job has no buffer_job_id")
+            self._stopping.wait(self._claim_backoff.next_s())
+            return
+        known = self._ends.get(buffer_job_id)
+        if known is not None and known["status"] == "succeeded":
+            logger.info("the job was done here before; its end is told again", extra={"buffer_job_id": buffer_job_id})
+            self._end(buffer_job_id, known)
+            return
+        try:
+            job = parse_job(claimed, buffer_job_id=buffer_job_id)
+        except RequestError as error:
+            error.stage = "validation"
+            self._end(buffer_job_id, failed_report(error_body(error)[1]))
+            return
+        self._run(job, buffer_job_id)
+
+    def _run(self, job: Job, buffer_job_id: str) -> None:
+        self._current_path.write_text(json.dumps({"id": buffer_job_id}), encoding="utf-8")
+        progress = ProgressSender(Orchestrator(self._settings), job.job_id) if self._settings.base_url else None
+        try:
+            with job_logging(job.job_id):
+                result = self.core.run_job(
+                    job,
+                    on_progress=self._telling(progress),
+                    should_stop=self._abandon.is_set,
+                )
+            report = succeeded_report(result)
+        except Exception as error:  # noqa: BLE001 - every end is reported
+            if isinstance(error, CancelledError) and self._abandon.is_set():
+                error.message = "the worker is shutting down before the job's end"
+            report = failed_report(error_body(error, job_id=job.job_id)[1])
+            self.heartbeat.tell(error_text(error))
+        finally:
+            if progress is not None:
+                progress.close()
+        self._end(buffer_job_id, report)
+        self._current_path.unlink(missing_ok=True)
+        self.heartbeat.tell()
+
+    def _telling(self, progress: ProgressSender | None) -> Callable[[Any, int, int], None]:
+        """Passes progress on; its first call means that the slot is held, which the orchestrator hears at once."""
+        told = False
+
+        def tell(stage: Any, done: int, total: int) -> None:
+            nonlocal told
+            if not told:
+                told = True
+                self.heartbeat.tell()
+            if progress is not None:
+                progress(stage, done, total)
+
+        return tell
+
+    def _end(self, buffer_job_id: str, body: Mapping[str, object]) -> None:
+        """Keep the end on disk, remember it, and try to tell it now."""
+        self.outbox.put(Report(buffer_job_id, body, time.time()))
+        self._ends[buffer_job_id] = body
+        while len(self._ends) > REMEMBERED_ENDS:
+            self._ends.popitem(last=False)
+        self._deliver(force=True)
+
+    def _deliver(self, *, force: bool = False) -> None:
+        """Send waiting reports, oldest first; after a failure wait before the next try."""
+        if not force and time.monotonic() < self._next_report:
+            return
+        for path, report in self.outbox.reports():
+            reply = self._orchestrator.report(report.buffer_job_id, report.body)
+            is_refused = reply.status is not None and 400 <= reply.status < 500
+            may_change = reply.is_unauthorised or reply.status in (408, 425, 429)
+            too_old = time.time() - report.created > REPORT_LIFETIME_S
+            if reply.is_final or (is_refused and not may_change) or too_old:
+                if not reply.is_accepted:
+                    logger.error(
+                        "the end of a job was not taken and is dropped",
+                        extra={"buffer_job_id": report.buffer_job_id, "reason": reply.describe()},
+                    )
+                path.unlink(missing_ok=True)
+                self._report_backoff.reset()
+                continue
+            self.heartbeat.tell(f"the end of a job cannot be reported: {reply.describe()}")
+            self._next_report = time.monotonic() + self._report_backoff.next_s(reply.retry_after_s)
+            return
+
+    def _report_orphan(self) -> None:
+        """A job that a killed process had claimed is handed back as retryable."""
+        try:
+            buffer_job_id = json.loads(self._current_path.read_text(encoding="utf-8"))["id"]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError):
+            self._current_path.unlink(missing_ok=True)
+            return
+        body = {
+            "error_type": "processing_error",
+            "stage": "unknown",
+            "error_message": "the worker's process was killed in this job",
+            "retryable": True,
+        }
+        already_ended = any(report.buffer_job_id == buffer_job_id for _, report in self.outbox.reports())
+        if not already_ended:
+            self.outbox.put(Report(str(buffer_job_id), failed_report(body), time.time()))
+        self._current_path.unlink(missing_ok=True)
+
+
+_running: Poller | None = None
+
+
+def start(core: Core) -> Poller:
+    """Start the claim loop in a daemon thread of this process."""
+    global _running  # noqa: PLW0603 - Gunicorn's hooks share nothing but the module
+    settings = core.settings
+    poller = Poller(
+        core, orchestrator_settings(settings), settings.work_dir, poll_interval_s=settings.buffer_poll_interval_s
+    )
+    poller.start()
+    core.watch(lambda: None if poller.is_alive or poller.is_stopping else "the claim loop has died")
+    _running = poller
+    return poller
+
+
+def running() -> Poller | None:
+    """The poller of this process, when there is one."""
+    return _running

@@ -1,0 +1,308 @@
+"""Buffer mode: the real server, a loopback orchestrator, real signals; nothing is lost and nothing told twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.e2e.test_render import make_audio, make_source
+from tests.support.fake_orchestrator import Answer, FakeOrchestrator, Times
+from tests.support.server import Server
+
+KEY = "key-of-this-test"
+WORKER = "worker/1 ü"
+
+StartServer = Callable[..., Server]
+
+
+def prepare(folder: Path) -> Path:
+    """A folder with a short and a long job's media."""
+    (folder / "media").mkdir()
+    make_source(folder / "media/source.mp4", 10)
+    make_audio(folder / "media/audio.wav", 0.6)
+    make_audio(folder / "media/long.wav", 8)
+    return folder
+
+
+def start_worker(folder: Path, models: Path, orchestrator: FakeOrchestrator, **environment: str) -> Server:
+    variables = {
+        "BUFFER_WORKER_ID": WORKER,
+        "ORCHESTRATOR_BASE_URL": orchestrator.url,
+        "INTERNAL_API_KEY": KEY,
+        "GPU_CLASS": "RTX 3080 (10 GB)",
+        "BUFFER_POLL_INTERVAL_SEC": "0.1",
+        **environment,
+    }
+    return Server(folder, models, **variables)
+
+
+@pytest.fixture
+def orchestrator() -> Iterator[FakeOrchestrator]:
+    with FakeOrchestrator() as orchestrator:
+        yield orchestrator
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_models: Path, orchestrator: FakeOrchestrator) -> Iterator[StartServer]:
+    """Starts the worker in buffer mode, as often as a test needs it, always in the same folder."""
+    servers: list[Server] = []
+    prepare(tmp_path)
+
+    def run(**environment: str) -> Server:
+        servers.append(start_worker(tmp_path, tiny_models, orchestrator, **environment))
+        return servers[-1]
+
+    yield run
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iterator[tuple[Server, FakeOrchestrator]]:
+    """A worker and its orchestrator for the tests that leave both as they were; each uses job numbers of its own."""
+    folder = prepare(tmp_path_factory.mktemp("buffer"))
+    with FakeOrchestrator() as orchestrator:
+        server = start_worker(folder, tiny_models, orchestrator)
+        try:
+            yield server, orchestrator
+        finally:
+            server.stop()
+
+
+def claimed(server: Server, number: int, **fields: Any) -> dict[str, Any]:
+    return {"buffer_job_id": f"buffer/{number}", **server.job(f"muse {number}"), **fields}
+
+
+def long_job(server: Server, number: int) -> dict[str, Any]:
+    return claimed(server, number, audio_url=(server.folder / "media/long.wav").as_uri())
+
+
+def wait_until_running(orchestrator: FakeOrchestrator, number: int) -> None:
+    orchestrator.wait_for(
+        lambda: any(call.body.get("phase") == "inferring" for call in orchestrator.of("progress", f"muse {number}"))
+    )
+
+
+Pair = tuple[Server, FakeOrchestrator]
+
+
+def test_jobs_are_claimed_run_and_reported(pair: Pair) -> None:
+    server, orchestrator = pair
+    orchestrator.jobs.extend([claimed(server, 1, surplus=True), claimed(server, 2)])
+    orchestrator.wait_for(lambda: len(orchestrator.of("status")) == 2)
+    # Registered by a heartbeat before anything is claimed.
+    assert orchestrator.calls[0].kind == "heartbeat"
+    assert orchestrator.calls[0].body == {
+        "status": "idle",
+        "gpu_class": "RTX 3080 (10 GB)",
+        "capacity": 1,
+        "error": "the models are loading",
+    }
+    assert {call.id for call in orchestrator.of("heartbeat")} == {WORKER}
+    assert all(call.key == KEY for call in orchestrator.calls)
+    for number, call in enumerate(orchestrator.of("status"), 1):
+        assert call.id == f"buffer/{number}"
+        assert call.body["status"] == "succeeded"
+        assert call.body["output_url"].endswith(".mp4")
+        assert call.body["metrics"]["GENERATION_TIME_SEC"] > 0
+        assert call.body["metrics"]["gpu_class"] == "RTX 3080 (10 GB)"
+    # Told busy while the job ran, and idle after it.
+    orchestrator.wait_for(lambda: orchestrator.of("heartbeat")[-1].body["status"] == "idle")
+    assert any(call.body["status"] == "busy" for call in orchestrator.of("heartbeat"))
+    progress = [call.body["progress"] for call in orchestrator.of("progress", "muse 1")]
+    assert progress == sorted(progress)
+    assert all(0 <= value <= 1 for value in progress)
+    assert not list((server.folder / "work" / "outbox").iterdir())
+
+
+def test_a_job_that_cannot_be_run_fails_with_its_reason(pair: Pair) -> None:
+    server, orchestrator = pair
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"video_url": None}, "media_error at validation: video_url"),
+        ({"video_url": "ftp://host/a.mp4"}, "media_error at download"),
+        ({"params": {"face_box": [1]}}, "media_error at validation: params.face_box"),
+        ({"musetalk_job_id": ""}, "media_error at validation: musetalk_job_id"),
+    ]
+    for number, (fields, reason) in enumerate(cases, 10):
+        orchestrator.jobs.append(claimed(server, number, **fields))
+        orchestrator.wait_for(lambda number=number: orchestrator.of("status", f"buffer/{number}"))  # type: ignore[misc]
+        (call,) = orchestrator.of("status", f"buffer/{number}")
+        assert call.body["status"] == "failed"
+        assert call.body["error"].startswith(reason)
+        assert call.body["output_url"] is None
+        assert call.body["retryable"] is False
+
+
+def test_answers_that_make_no_sense_are_survived(pair: Pair) -> None:
+    server, orchestrator = pair
+    answers = [
+        Answer(204, b""),
+        Answer(200, b""),
+        Answer(200, b"[]"),
+        Answer(200, b'"text"'),
+        Answer(200, b'{"job": "text"}'),
+        Answer(200, b'{"job": null, "error": "database_unavailable"}'),
+        Answer(200, b'{"job": {}}'),
+        Answer(200, b"[" * 100_000),
+        Answer(502, b"<html>bad gateway</html>"),
+        Answer(None),
+        Answer(307, b"", (("Location", "http://127.0.0.1:9/"),)),
+    ]
+    # One at a time, so that back-off does not add up.
+    for number, answer in enumerate(answers, 20):
+        fault = Times("claim", 1, answer)
+        orchestrator.faults.append(fault)
+        orchestrator.wait_for(lambda fault=fault: fault.left == 0, limit_s=90)  # type: ignore[misc]
+        orchestrator.faults.clear()
+        orchestrator.jobs.append(claimed(server, number, video_url="ftp://host/a.mp4"))
+        orchestrator.wait_for(
+            lambda number=number: orchestrator.of("status", f"buffer/{number}"),  # type: ignore[misc]
+            limit_s=90,
+        )
+    assert server.health()[0] == 200
+
+
+def test_the_end_is_told_again_until_it_is_taken(pair: Pair) -> None:
+    server, orchestrator = pair
+    orchestrator.faults += [
+        Times("status", 1, Answer(503, b"busy")),
+        Times("status", 1, Answer(None)),
+        Times("status", 1, Answer(401)),
+    ]
+    orchestrator.jobs.append(claimed(server, 40))
+    orchestrator.wait_for(lambda: len(orchestrator.of("status", "buffer/40")) == 4, limit_s=90)
+    bodies = [call.body for call in orchestrator.of("status", "buffer/40")]
+    assert all(body == bodies[0] for body in bodies)
+    orchestrator.wait_for(lambda: not list((server.folder / "work" / "outbox").iterdir()))
+
+
+def test_fields_that_are_not_understood_are_left_out(pair: Pair) -> None:
+    server, orchestrator = pair
+    orchestrator.faults.append(Times("status", 1, Answer(422, b'{"detail": []}')))
+    orchestrator.jobs.append(claimed(server, 50, video_url="ftp://host/a.mp4"))
+    orchestrator.wait_for(lambda: len(orchestrator.of("status", "buffer/50")) == 2)
+    assert set(orchestrator.of("status", "buffer/50")[1].body) == {"status", "error", "output_url", "metrics"}
+
+
+def test_a_job_handed_out_again_is_answered_from_its_end(pair: Pair) -> None:
+    server, orchestrator = pair
+    before = server.log_text().count('"job_done"')
+    orchestrator.jobs.extend([claimed(server, 60), claimed(server, 60)])
+    orchestrator.wait_for(lambda: len(orchestrator.of("status", "buffer/60")) == 2)
+    first, second = orchestrator.of("status", "buffer/60")
+    assert first.body == second.body
+    assert server.log_text().count('"job_done"') == before + 1
+
+
+def test_nothing_is_claimed_before_a_heartbeat_is_accepted(start: StartServer, orchestrator: FakeOrchestrator) -> None:
+    refused = Times("heartbeat", 10**6, Answer(401))
+    orchestrator.faults.append(refused)
+    server = start()
+    server.wait_for(200)
+    orchestrator.wait_for(lambda: len(orchestrator.of("heartbeat")) >= 2)
+    assert orchestrator.of("claim") == []
+    refused.left = 0
+    orchestrator.jobs.append(claimed(server, 1))
+    orchestrator.wait_for(lambda: orchestrator.of("status"))
+
+
+@pytest.mark.slow
+def test_heartbeats_go_on_during_a_long_job(start: StartServer, orchestrator: FakeOrchestrator) -> None:
+    server = start()
+    make_audio(server.folder / "media/long.wav", 60)
+    orchestrator.jobs.append(long_job(server, 1))
+    orchestrator.wait_for(lambda: orchestrator.of("status"), limit_s=400)
+    times = [call.time for call in orchestrator.of("heartbeat")]
+    assert max(b - a for a, b in zip(times, [*times[1:], orchestrator.of("status")[0].time], strict=True)) <= 12
+
+
+def test_sigterm_finishes_the_job_and_claims_no_other(start: StartServer, orchestrator: FakeOrchestrator) -> None:
+    server = start()
+    orchestrator.jobs.extend([long_job(server, 1), claimed(server, 2)])
+    wait_until_running(orchestrator, 1)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(120) == 0
+    assert [(call.id, call.body["status"]) for call in orchestrator.of("status")] == [("buffer/1", "succeeded")]
+    assert len(orchestrator.jobs) == 1
+
+
+def test_sigterm_hands_a_job_back_that_does_not_end_in_time(start: StartServer, orchestrator: FakeOrchestrator) -> None:
+    server = start(GRACEFUL_TIMEOUT_SEC="11")
+    orchestrator.jobs.append({**long_job(server, 1), "params": {"face_box": [50, 100, 142, 216], "batch_size": 1}})
+    wait_until_running(orchestrator, 1)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
+    (report,) = orchestrator.of("status")
+    if report.body["status"] == "failed":
+        assert report.body["retryable"] is True
+        assert "shutting down" in report.body["error"]
+    assert [path.name for path in (server.folder / "work").glob("job-*")] == []
+
+
+def test_a_killed_process_hands_its_job_back_at_the_next_start(
+    start: StartServer, orchestrator: FakeOrchestrator
+) -> None:
+    server = start()
+    orchestrator.jobs.append(long_job(server, 1))
+    wait_until_running(orchestrator, 1)
+    (worker,) = psutil.Process(server.process.pid).children()
+    os.kill(worker.pid, signal.SIGKILL)
+    # Gunicorn starts a new worker, which tells what became of the job and goes on.
+    orchestrator.wait_for(lambda: orchestrator.of("status", "buffer/1"), limit_s=90)
+    body = orchestrator.of("status")[0].body
+    assert (body["status"], body["retryable"]) == ("failed", True)
+    orchestrator.jobs.append(claimed(server, 2))
+    orchestrator.wait_for(lambda: orchestrator.of("status", "buffer/2"), limit_s=90)
+    assert orchestrator.of("status", "buffer/2")[0].body["status"] == "succeeded"
+    assert [path.name for path in (server.folder / "work").glob("job-*")] == []
+
+
+def test_a_report_that_could_not_be_sent_survives_the_end_of_the_process(
+    start: StartServer, orchestrator: FakeOrchestrator
+) -> None:
+    refused = Times("status", 10**6, Answer(503))
+    orchestrator.faults.append(refused)
+    server = start()
+    orchestrator.jobs.append(claimed(server, 1))
+    orchestrator.wait_for(lambda: orchestrator.of("status"), limit_s=90)
+    assert server.stop() == 0
+    told = orchestrator.of("status")[0].body
+    refused.left = 0
+    before = len(orchestrator.of("status"))
+    start()
+    orchestrator.wait_for(lambda: len(orchestrator.of("status")) > before, limit_s=90)
+    assert orchestrator.of("status")[-1].body == told
+
+
+def test_missing_settings_of_buffer_mode_are_told_by_health(start: StartServer) -> None:
+    server = start(INTERNAL_API_KEY="")
+    body = server.wait_for(503)
+    while body["status"] == "starting":
+        body = server.wait_for(503)
+    assert body["reason"] == "buffer mode needs INTERNAL_API_KEY"
+
+
+def test_queue_mode_tells_progress_and_its_end(
+    tmp_path: Path, start: StartServer, orchestrator: FakeOrchestrator
+) -> None:
+    server = start(BUFFER_WORKER_ID="", WORKER_ID="w-1", CONFIG_LABEL="label")
+    server.wait_for(200)
+    assert server.post(server.job("first")).status_code == 200
+    calls = orchestrator.of("progress", "first")
+    assert [call.body["phase"] for call in calls][-1] == "completed"
+    last = calls[-1].body
+    assert (last["status"], last["progress"]) == ("succeeded", 1.0)
+    assert last["output_url"].endswith("first.mp4")
+    assert {"b2_bucket", "b2_file_name", "total_time"} <= set(last["metrics"])
+    assert all(call.body["worker_id"] == "w-1" and call.body["config_label"] == "label" for call in calls)
+    assert server.post(server.job("second", video_url="ftp://host/x")).status_code == 422
+    failed = orchestrator.of("progress", "second")[-1].body
+    assert failed["status"] == "failed"
+    assert failed["error"].startswith("media_error at download")
+    assert orchestrator.of("claim") == orchestrator.of("heartbeat") == []
