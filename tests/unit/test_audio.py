@@ -325,7 +325,7 @@ def test_empty_and_two_channel_sound_are_told_apart(encoder: audio.AudioEncoder)
 
 
 def test_states_that_are_not_finite_end_the_job() -> None:
-    network = fill(WhisperEncoder(WhisperConfig(**CONFIG)), seed=3)
+    network: Any = fill(WhisperEncoder(WhisperConfig(**CONFIG)), seed=3)
     with torch.no_grad():
         network.layer_norm.bias[0] = torch.inf
     broken = audio.AudioEncoder(network, WhisperFeatureExtractor(feature_size=20), CPU, torch.float32)
@@ -388,8 +388,11 @@ def test_full_and_encoder_only_checkpoints_give_transformers_own_states(
         assert torch.equal(found[:, :, layer], wanted.hidden_states[layer])
 
 
-def test_without_a_preprocessor_file_the_bins_are_the_encoders(tmp_path: Path, whole_model: WhisperModel) -> None:
-    loaded = load(write_folder(tmp_path, whole_model.state_dict(), "pytorch_model.bin"))
+@pytest.mark.parametrize("preprocessor", [None, {"n_fft": 400}], ids=["no file", "no bins in it"])
+def test_unless_told_otherwise_the_bins_are_the_encoders(
+    tmp_path: Path, whole_model: WhisperModel, preprocessor: dict[str, Any] | None
+) -> None:
+    loaded = load(write_folder(tmp_path, whole_model.state_dict(), "pytorch_model.bin", preprocessor=preprocessor))
     assert loaded.features(noise(3_200)).shape == (10, 3, 12)
 
 
