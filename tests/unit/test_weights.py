@@ -288,6 +288,24 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("form", ["zipped", "legacy", "safetensors"])
+def test_a_path_in_a_librarys_message_is_not_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    path = tmp_path / ("unet.safetensors" if form == "safetensors" else "unet.pth")
+    if form == "safetensors":
+        save_file(STATE, path)
+    else:
+        torch.save(STATE, path, _use_new_zipfile_serialization=form == "zipped")
+
+    def fail(file: object, *_args: object, **_options: object) -> NoReturn:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(torch, "load", fail)
+    monkeypatch.setattr(weights, "load_file", fail)
+    assert "Input/output error" in str(refusal(lambda: weights.read_state(path), tmp_path))
+
+
+@pytest.mark.parametrize("form", ["zipped", "legacy", "safetensors"])
 def test_a_file_cut_anywhere_is_told(tmp_path: Path, form: str) -> None:
     path = tmp_path / "musetalkV15" / ("unet.safetensors" if form == "safetensors" else "unet.pth")
     path.parent.mkdir()
