@@ -345,7 +345,7 @@ def test_damaged_bytes_give_tensors_or_one_error(tmp_path: Path, form: str) -> N
     whole = path.read_bytes()
     pickled = pickle_in(path) if form == "pickle" else whole
     messages: list[str] = []
-    for _ in range(300):
+    for _ in range(150):
         damaged = bytearray(pickled)
         for _ in range(chance.randint(1, 3)):
             damaged[chance.randrange(len(damaged))] = chance.randrange(256)
@@ -358,7 +358,7 @@ def test_damaged_bytes_give_tensors_or_one_error(tmp_path: Path, form: str) -> N
             weights.read_state(path)
         except WeightsError as error:
             messages.append(str(error))
-    assert len(messages) > 30
+    assert len(messages) > 15
     assert not any(str(tmp_path) in message for message in messages)
 
 
