@@ -6,6 +6,7 @@ Knows how one source frame is prepared and in which order output frames show it;
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -143,7 +144,7 @@ class SourcePreparer:
         self._faces = smooth_boxes(filled, self.options.box_smoothing)
         return [face.box for face in self._faces if face is not None]
 
-    def in_output_order(self, n_output: int, store: FrameStore) -> Iterator[Record]:
+    def in_output_order(self, n_output: int, store: FrameStore) -> Generator[Record, None, None]:
         """The prepared picture of each of `n_output` output frames: forwards, then to and fro.
 
         Pictures that will be shown again are kept in `store`; a source longer than the output streams through.
@@ -151,15 +152,16 @@ class SourcePreparer:
         expected = len(self._faces) if self._faces is not None else self.info.n_frames
         keep = expected is None or expected < n_output
         order: list[int] = []
-        for frame, record in self._forward(n_output):
-            if frame.is_repeat and order:
-                order.append(order[-1])
-            else:
-                order.append(order[-1] + 1 if order else 0)
-                if keep:
-                    store.put(order[-1], record.arrays())
-            self.n_without_face += record.plan is None
-            yield record
+        with closing(self._forward(n_output)) as forward:
+            for frame, record in forward:
+                if frame.is_repeat and order:
+                    order.append(order[-1])
+                else:
+                    order.append(order[-1] + 1 if order else 0)
+                    if keep:
+                        store.put(order[-1], record.arrays())
+                self.n_without_face += record.plan is None
+                yield record
         self.n_frames = len(order)
         if len(order) < n_output and not keep:
             # The header promised more frames than there are: once more through the source, this time to keep them.

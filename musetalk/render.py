@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -171,8 +171,10 @@ class RenderSession:
                 memory_bytes=options.frame_memory_bytes,
                 disk_bytes=options.scratch_disk_bytes,
             ) as store,
+            # Closed here and not by the garbage collector: an error's traceback would keep the decoder open.
+            closing(self._preparer.in_output_order(self.n_frames, store)) as records,
         ):
-            for record in self._preparer.in_output_order(self.n_frames, store):
+            for record in records:
                 pending.append(record)
                 n_faces = sum(waiting.plan is not None for waiting in pending)
                 if n_faces >= options.batch_size or len(pending) >= MAX_PENDING_BATCHES * options.batch_size:
