@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
-from errors import RequestError
+from errors import ProcessingError, RequestError
 from musetalk.frames import UInt8Array
 from musetalk.geometry import Box
 from musetalk.networks.rtmpose import INPUT_HEIGHT, INPUT_WIDTH, SPLIT_RATIO
@@ -34,8 +34,10 @@ _POSE_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 _POSE_STD = np.array([58.395, 57.12, 57.375], np.float32)
 _POSE_PADDING = 1.25
 # Means in B, G, R order taken from R, G, B pixels: the published detector was used this way and is kept so.
-_DETECTOR_MEAN = np.array([104.0, 117.0, 123.0], np.float32)
+_DETECTOR_MEAN = (104.0, 117.0, 123.0)
 _CANDIDATE_SCORE, _FACE_SCORE, _NMS_OVERLAP = 0.05, 0.5, 0.3
+# Largest exponent of a box's side: beyond it the side leaves float32, far beyond any picture.
+_MAX_SIDE_EXPONENT = 80.0
 # Pixels the detector takes in one pass: its first layers hold 64 channels of the full size (256 bytes a pixel).
 _DETECTOR_BATCH_PX = 4_000_000
 
@@ -145,30 +147,34 @@ def keypoints_in_frame(keypoints: FloatArray, width: int, height: int) -> NDArra
 # -- detection --------------------------------------------------------------------------------------------------------
 
 
-def detector_input(frame: UInt8Array) -> NDArray[np.float32]:
-    """BGR frame (H, W, 3) -> RGB minus means (3, H, W)."""
-    return np.ascontiguousarray((frame[..., ::-1].astype(np.float32) - _DETECTOR_MEAN).transpose(2, 0, 1))
+def detector_input(frames: Tensor) -> Tensor:
+    """BGR frames uint8 (n, H, W, 3) -> RGB minus means, float32 (n, 3, H, W), on the frames' device (5.3)."""
+    rgb = frames.flip(3).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return rgb.sub_(torch.tensor(_DETECTOR_MEAN, device=frames.device)[:, None, None])
 
 
 def decode_detections(heads: Sequence[Tensor]) -> list[NDArray[np.float32]]:
     """The detector's 12 maps for n frames -> per frame candidates (m, 5): x0, y0, x1, y1, score, score > 0.05 (5.3).
 
-    In the order of levels, rows and columns.
+    In the order of levels, rows and columns. Raises ProcessingError when they are not finite: that is not a
+    frame without a face.
     """
     n_frames = heads[0].shape[0]
     found: list[list[NDArray[np.float32]]] = [[] for _ in range(n_frames)]
     for level in range(len(heads) // 2):
         scores = heads[2 * level].float().softmax(dim=1)[:, 1].cpu().numpy()
+        _check_finite(scores, "detector")
         offsets = heads[2 * level + 1].float().cpu().numpy()
         stride = 2.0 ** (level + 2)
         anchor = stride * 4
         for index in range(n_frames):
             rows, columns = np.nonzero(scores[index] > _CANDIDATE_SCORE)
-            dx, dy, dw, dh = offsets[index][:, rows, columns]
+            chosen = offsets[index][:, rows, columns]
+            _check_finite(chosen, "detector")
+            dx, dy, dw, dh = chosen
             centre_x = stride / 2 + columns * stride + dx * 0.1 * anchor
             centre_y = stride / 2 + rows * stride + dy * 0.1 * anchor
-            with np.errstate(over="ignore"):
-                width, height = anchor * np.exp(dw * 0.2), anchor * np.exp(dh * 0.2)
+            width, height = (anchor * np.exp(np.minimum(d * 0.2, _MAX_SIDE_EXPONENT)) for d in (dw, dh))
             x0, y0 = centre_x - width / 2, centre_y - height / 2
             candidates = np.stack([x0, y0, x0 + width, y0 + height, scores[index][rows, columns]], axis=1)
             found[index].append(candidates.astype(np.float32))
@@ -177,23 +183,27 @@ def decode_detections(heads: Sequence[Tensor]) -> list[NDArray[np.float32]]:
 
 def overlaps(box: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
     """Intersection over union of one box (>= 4,) with others (m, >= 4); edges count as pixels (+1, section 5.3)."""
-    width = np.minimum(box[2], others[:, 2]) - np.maximum(box[0], others[:, 0]) + 1
-    height = np.minimum(box[3], others[:, 3]) - np.maximum(box[1], others[:, 1]) + 1
-    shared = np.maximum(0.0, width) * np.maximum(0.0, height)
-    area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
-    areas = (others[:, 2] - others[:, 0] + 1) * (others[:, 3] - others[:, 1] + 1)
-    shares: NDArray[np.float32] = shared / (area + areas - shared)
+    # Areas of absurd boxes leave float32; their share is then 0, or no number, which counts as overlapping.
+    with np.errstate(over="ignore", invalid="ignore"):
+        width = np.minimum(box[2], others[:, 2]) - np.maximum(box[0], others[:, 0]) + 1
+        height = np.minimum(box[3], others[:, 3]) - np.maximum(box[1], others[:, 1]) + 1
+        shared = np.maximum(0.0, width) * np.maximum(0.0, height)
+        area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
+        areas = (others[:, 2] - others[:, 0] + 1) * (others[:, 3] - others[:, 1] + 1)
+        shares: NDArray[np.float32] = shared / (area + areas - shared)
     return shares
 
 
-def nms(candidates: NDArray[np.float32], limit: float = _NMS_OVERLAP) -> NDArray[np.int64]:
-    """Greedy non-maximum suppression of (m, 5) candidates: kept indices, by falling score.
+def nms(
+    candidates: NDArray[np.float32], limit: float = _NMS_OVERLAP, *, max_kept: int | None = None
+) -> NDArray[np.int64]:
+    """Greedy non-maximum suppression of (m, 5) candidates: the first `max_kept` kept indices, by falling score.
 
     Of equal scores the earlier candidate comes first; upstream leaves that to an unstable sort.
     """
     order = np.argsort(-candidates[:, 4], kind="stable")
     kept: list[int] = []
-    while len(order):
+    while len(order) and len(kept) != max_kept:
         best, rest = order[0], order[1:]
         kept.append(int(best))
         order = rest[overlaps(candidates[best], candidates[rest]) <= limit]
@@ -202,9 +212,9 @@ def nms(candidates: NDArray[np.float32], limit: float = _NMS_OVERLAP) -> NDArray
 
 def best_detection(candidates: NDArray[np.float32]) -> tuple[Box, float] | None:
     """The frame's face among its candidates (m, 5), negatives cut to 0 and truncated; None without one above 0.5."""
-    kept = candidates[nms(candidates)]
-    kept = kept[kept[:, 4] > _FACE_SCORE]
-    if len(kept) == 0:
+    # Only the first is looked at: comparing thousands of candidates with each other takes seconds.
+    kept = candidates[nms(candidates, max_kept=1)]
+    if len(kept) == 0 or kept[0, 4] <= _FACE_SCORE:
         return None
     best = kept[0]
     x0, y0, x1, y1 = (int(max(0.0, float(edge))) for edge in best[:4])
@@ -235,7 +245,10 @@ class PoseFaceFinder:
         self._flip = torch.from_numpy(flip_table()).to(device)
 
     def find(self, frames: Sequence[UInt8Array], *, bbox_shift: int = 0) -> list[Face | None]:
-        """BGR frames of any sizes -> one face or None each; boxes are clipped to their frame."""
+        """BGR frames of any sizes -> one face or None each; boxes are clipped to their frame.
+
+        Raises ProcessingError when a network gives values that are not finite.
+        """
         detected = self._detect(frames)
         with_face = [index for index, box in enumerate(detected) if box is not None]
         landmarks = dict(zip(with_face, self._landmarks([frames[index] for index in with_face]), strict=True))
@@ -259,13 +272,13 @@ class PoseFaceFinder:
             last = first + 1
             while last < len(frames) and last - first < most and frames[last].shape == shape:
                 last += 1
-            batch = np.stack([detector_input(frame) for frame in frames[first:last]])
-            heads = self._detector(torch.from_numpy(batch).to(self._device, self._dtype))
+            # Bytes travel to the device, not floats: a quarter of the transfer, and no work per pixel on the CPU.
+            batch = torch.from_numpy(np.stack(frames[first:last])).to(self._device)
+            heads = self._detector(detector_input(batch).to(self._dtype))
             results += [best_detection(candidates) for candidates in decode_detections(heads)]
             first = last
         return results
 
-    @torch.inference_mode()
     def _landmarks(self, frames: Sequence[UInt8Array]) -> list[NDArray[np.float64]]:
         """The 68 face landmarks of each frame in its px, (68, 2)."""
         results: list[NDArray[np.float64]] = []
@@ -273,7 +286,8 @@ class PoseFaceFinder:
             chosen = frames[first : first + self._batch_size]
             batch = torch.from_numpy(np.stack([pose_input(warp_for_pose(frame)) for frame in chosen]))
             simcc_x, simcc_y = self.simcc(batch.to(self._device, self._dtype))
-            keypoints, _ = decode_simcc(simcc_x.float().cpu().numpy(), simcc_y.float().cpu().numpy())
+            keypoints, scores = decode_simcc(simcc_x.float().cpu().numpy(), simcc_y.float().cpu().numpy())
+            _check_finite(scores, "pose network")
             for frame, points in zip(chosen, keypoints, strict=True):
                 results.append(keypoints_in_frame(points, frame.shape[1], frame.shape[0])[FACE_KEYPOINTS])
         return results
@@ -286,6 +300,11 @@ class PoseFaceFinder:
         mirrored_x = simcc_x[n_frames:, self._flip].flip(2)
         mirrored_y = simcc_y[n_frames:, self._flip]
         return (simcc_x[:n_frames] + mirrored_x) * 0.5, (simcc_y[:n_frames] + mirrored_y) * 0.5
+
+
+def _check_finite(scores: FloatArray, network: str) -> None:
+    if not np.isfinite(scores).all():
+        raise ProcessingError(f"the {network} gave values that are not finite", retryable=False)
 
 
 def fixed_face(face_box: tuple[int, int, int, int], width: int, height: int) -> Face:
@@ -317,16 +336,20 @@ def fill_gaps(faces: Sequence[Face | None], max_gap: int) -> list[Face | None]:
             before = faces[previous]
             assert before is not None
             for between in range(previous + 1, index):
-                filled[between] = _between(before, face, (between - previous) / (index - previous))
+                filled[between] = _between(before, face, between - previous, index - previous)
         previous = index
     return filled
 
 
-def _between(first: Face, second: Face, share: float) -> Face:
-    edges = [round(a + (b - a) * share) for a, b in zip(first.box, second.box, strict=True)]
+def _between(first: Face, second: Face, step: int, n_steps: int) -> Face:
+    # Halves go up, in whole numbers: rounding to even can leave a box of 1 px with none.
+    edges = [
+        (2 * (a * (n_steps - step) + b * step) + n_steps) // (2 * n_steps)
+        for a, b in zip(first.box, second.box, strict=True)
+    ]
     landmarks = None
     if first.landmarks is not None and second.landmarks is not None:
-        landmarks = (first.landmarks + (second.landmarks - first.landmarks) * np.float32(share)).astype(np.float32)
+        landmarks = first.landmarks + (second.landmarks - first.landmarks) * np.float32(step / n_steps)
     return Face(Box(*edges), landmarks, min(first.score, second.score))
 
 
@@ -349,7 +372,7 @@ def smooth_boxes(faces: Sequence[Face | None], sigma_frames: float) -> list[Face
             run.append(face)
             last += 1
         edges = np.array([face.box for face in run], np.float64)
-        means = np.rint(gaussian_filter1d(edges, sigma_frames, axis=0, mode="nearest")).astype(int)
+        means = np.floor(gaussian_filter1d(edges, sigma_frames, axis=0, mode="nearest") + 0.5).astype(int)
         for offset, (face, row) in enumerate(zip(run, means, strict=True)):
             smoothed[first + offset] = replace(face, box=Box(*(int(edge) for edge in row)))
         first = last

@@ -57,8 +57,7 @@ def check_s3fd(path: Path) -> None:
     data = np.load(path)
     network = filled(S3fd, int(data["seed"]), float(data["gain"]))
     check_keys(network, path.with_name("s3fd.keys.json"))
-    images = data["images_bgr"]
-    heads = network(torch.from_numpy(np.stack([faces.detector_input(image) for image in images])))
+    heads = network(faces.detector_input(torch.from_numpy(data["images_bgr"])))
     for index, head in enumerate(heads):
         assert relative(head.numpy(), data[f"head{index:02d}"]) < 1e-4
     candidates = faces.decode_detections(heads)[0]
