@@ -1,0 +1,185 @@
+"""The orchestrator's client: replies read with care, progress throttled, the last update never dropped."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import MediaError, ProcessingError
+from jobs import STAGES, error_body
+from orchestrator import (
+    Orchestrator,
+    OrchestratorSettings,
+    ProgressSender,
+    Reply,
+    claimed_job,
+    failed_report,
+    failed_update,
+    stage_update,
+)
+from tests.support.fake_orchestrator import Answer, Call, FakeOrchestrator, Times
+
+
+@pytest.fixture
+def far_side() -> Iterator[FakeOrchestrator]:
+    with FakeOrchestrator() as far_side:
+        yield far_side
+
+
+def client(url: str, **changes: Any) -> Orchestrator:
+    values: dict[str, Any] = {
+        "base_url": url,
+        "buffer_base_url": url,
+        "api_key": "the-key",
+        "worker_id": "w/1",
+        "gpu_class": "RTX",
+    }
+    return Orchestrator(OrchestratorSettings(**{**values, **changes}))
+
+
+def test_the_key_is_shown_nowhere() -> None:
+    assert "the-key" not in repr(client("http://127.0.0.1:1").settings)
+
+
+def test_calls_reach_their_routes_with_the_key(far_side: FakeOrchestrator) -> None:
+    orchestrator = client(far_side.url)
+    assert orchestrator.heartbeat("idle", None).is_accepted
+    assert orchestrator.claim().body == {"job": None}
+    assert orchestrator.report("b 1/ü", {"status": "failed"}).is_accepted
+    assert orchestrator.progress("m?1#2", {"progress": 0.5}).is_accepted
+    orchestrator.close()
+    seen = [(call.kind, call.id) for call in far_side.calls]
+    assert seen == [("heartbeat", "w/1"), ("claim", ""), ("status", "b 1/ü"), ("progress", "m?1#2")]
+    assert {call.key for call in far_side.calls} == {"the-key"}
+    assert far_side.calls[3].body == {"progress": 0.5, "worker_id": "w/1", "config_label": "default", "batch_size": 8}
+
+
+def test_nobody_there_is_a_reply_and_no_exception() -> None:
+    reply = client("http://127.0.0.1:1").claim()
+    assert not reply.is_accepted
+    assert "cannot be reached" in reply.describe()
+    assert claimed_job(reply) == (None, reply.describe())
+
+
+def test_a_redirect_is_not_followed(far_side: FakeOrchestrator) -> None:
+    far_side.faults.append(Times("claim", 1, Answer(307, b"", (("Location", f"{far_side.url}/elsewhere"),))))
+    orchestrator = client(far_side.url)
+    assert orchestrator.claim().status == 307
+    assert [call.kind for call in far_side.calls] == ["claim"]
+    orchestrator.close()
+
+
+def test_an_endless_answer_is_cut(far_side: FakeOrchestrator) -> None:
+    far_side.faults.append(Times("claim", 1, Answer(200, b" " * 3_000_000)))
+    orchestrator = client(far_side.url)
+    assert orchestrator.claim().problem == "the reply is too large"
+    orchestrator.close()
+
+
+def test_retry_after_is_read(far_side: FakeOrchestrator) -> None:
+    far_side.faults += [
+        Times("claim", 1, Answer(503, b"", (("Retry-After", "7"),))),
+        Times("claim", 1, Answer(503, b"", (("Retry-After", "Mon, 01 Jan 2029 00:00:00 GMT"),))),
+    ]
+    orchestrator = client(far_side.url)
+    assert orchestrator.claim().retry_after_s == 7
+    assert orchestrator.claim().retry_after_s is None
+    orchestrator.close()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(body=json_values | st.dictionaries(st.sampled_from(["job", "error"]), json_values), status=st.integers(200, 599))
+def test_any_claim_is_a_job_or_a_problem_or_nothing(body: Any, status: int) -> None:
+    job, problem = claimed_job(Reply(status, body=body))
+    assert job is None or isinstance(job, dict)
+    assert job is None or problem is None
+    if status >= 300:
+        assert problem is not None
+
+
+def test_progress_rises_through_the_stages() -> None:
+    updates = [
+        stage_update(stage, done, 10) for stage in STAGES for done in ((0, 3, 10) if stage == "inference" else (0,))
+    ]
+    values = [update["progress"] for update in updates]
+    assert values == sorted(values)  # type: ignore[type-var]
+    assert all(0 <= value <= 1 for value in values)  # type: ignore[operator]
+    assert updates[4]["metrics"] == {"frames_done": 3, "frames_total": 10}
+    assert updates[4]["phase"] == "inferring"
+
+
+def test_the_text_of_a_failure_names_type_and_stage() -> None:
+    error = MediaError("no frame of the source shows a face")
+    error.stage = "preprocessing"
+    report = failed_report(error_body(error)[1])
+    assert report["error"] == "media_error at preprocessing: no frame of the source shows a face"
+    assert report["output_url"] is None
+    assert failed_update(error_body(error)[1])["status"] == "failed"
+    # Salad runs a retryable job again: this was not its end.
+    retryable = failed_update(error_body(ProcessingError("the GPU is gone"))[1])
+    assert retryable["status"] == "running"
+    assert "the GPU is gone" in str(retryable["error"])
+    json.dumps(report, allow_nan=False)
+
+
+def test_only_the_newest_progress_is_sent(far_side: FakeOrchestrator) -> None:
+    gate = threading.Event()
+
+    def slow(call: Call) -> Answer | None:
+        gate.wait(20)
+        return None
+
+    far_side.faults.append(slow)
+    orchestrator = client(far_side.url, read_timeout_s=30, total_timeout_s=30)
+    sender = ProgressSender(orchestrator, "job", interval_s=0.0)
+    sender("download", 0, 1)
+    far_side.wait_for(lambda: far_side.calls)
+    for done in range(101):
+        sender("inference", done, 100)
+    gate.set()
+    far_side.wait_for(lambda: len(far_side.calls) == 2)
+    sender.close()
+    orchestrator.close()
+    assert far_side.calls[1].body["metrics"] == {"frames_done": 100, "frames_total": 100}
+
+
+def test_small_steps_are_not_sent_and_nothing_goes_back(far_side: FakeOrchestrator) -> None:
+    orchestrator = client(far_side.url)
+    sender = ProgressSender(orchestrator, "job", interval_s=0.0)
+    for done in range(201):
+        sender("inference", done, 200)
+    sender("download", 0, 1)
+    far_side.wait_for(lambda: far_side.calls and far_side.calls[-1].body["phase"] == "downloading")
+    sender.close()
+    orchestrator.close()
+    values = [call.body["progress"] for call in far_side.calls]
+    assert values == sorted(values)
+    inferring = [call.body["progress"] for call in far_side.calls if call.body["phase"] == "inferring"]
+    assert all(b - a >= 0.049 for a, b in itertools.pairwise(inferring))
+
+
+def test_the_last_update_is_sent_until_it_is_taken_and_comes_last(far_side: FakeOrchestrator) -> None:
+    far_side.faults += [
+        Times("progress", 1, Answer(503)),
+        Times("progress", 1, Answer(None)),
+    ]
+    orchestrator = client(far_side.url)
+    sender = ProgressSender(orchestrator, "job")
+    assert sender.finish({"status": "succeeded", "progress": 1.0})
+    orchestrator.close()
+    assert len(far_side.calls) == 3
+    assert all(call.body["status"] == "succeeded" for call in far_side.calls)
