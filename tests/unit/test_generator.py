@@ -160,7 +160,7 @@ def test_the_scaling_of_the_configuration_is_used_both_ways(tiny: Generator) -> 
 # -- positions and the UNet -------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 40), st.data())
 def test_positions_are_sines_and_cosines_of_falling_frequency(n_tokens: int, d_model: int, data: st.DataObject) -> None:
     table = positional_encoding(n_tokens, d_model)
