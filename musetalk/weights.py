@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from errors import WeightsError
+from musetalk.foreign_pickle import read_foreign
 
 ModelVersion = Literal["v15", "v1"]
 
@@ -270,14 +271,14 @@ def _read_torch(path: Path) -> object:
         if magic == b"PK\x03\x04":
             raise _broken(path, f"is cut short: it has {path.stat().st_size:,} bytes and its end is missing")
         return _read_legacy(path)
-    stubs: dict[str, type] = {}
     try:
-        # Every global the file names beyond torch's own list becomes a stub of the same name; nothing is imported.
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        for name in names:
-            stubs[name] = _stub(name)
-        with torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        # A checkpoint that drags objects of its training library along: read without building any of them.
+        try:
+            return read_foreign(path)
+        except (*_UNREADABLE, MemoryError) as error:
+            raise _broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
     except _UNREADABLE as error:
         raise _broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
 
@@ -288,33 +289,6 @@ def _read_legacy(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         raise _broken(path, f"is no torch checkpoint, or cut short ({_cause(error)})") from None
-
-
-def _stub(name: str) -> type:
-    """A class that can be built from anything and does nothing: it stands for an object of a foreign library."""
-
-    class Stub:
-        def __init__(self, *_args: object, **_kwargs: object) -> None:
-            pass
-
-        def __new__(cls, *_args: object, **_kwargs: object) -> Stub:
-            return super().__new__(cls)
-
-        def __setstate__(self, _state: object) -> None:
-            pass
-
-        def __setitem__(self, _key: object, _value: object) -> None:
-            pass
-
-        def append(self, _item: object) -> None:
-            pass
-
-        def extend(self, _items: object) -> None:
-            pass
-
-    module, _, qualified = name.rpartition(".")
-    Stub.__module__, Stub.__qualname__, Stub.__name__ = module, qualified, qualified
-    return Stub
 
 
 def _cause(error: BaseException) -> str:
