@@ -1,0 +1,669 @@
+"""Everything of a job but the networks: this worker's way against the way of the original scripts.
+
+    .venv/bin/python -m benchmarks.media [--frames 100] [--sizes 720p,1080p] [--json FILE]
+    .venv/bin/python -m benchmarks.media --clip FILE --audio FILE [--face-box X0,Y0,X1,Y1]
+
+Ours streams: decode, crop and mask once per source frame, paste in the planes, one x264 encode with the sound in it.
+The original's order, written anew for this comparison: all source frames to PNG, all of them read into memory, the mask
+built and the whole picture blended by Pillow for each output frame, PNG again, x264, and a second x264 pass that adds
+the sound. Both sides get a constant parse map and eight canned patches for the networks, and turn the parse map into a
+mask with the same function, ours once per source frame, the other once per output frame as the original does.
+
+Each side runs in a process of its own. Seconds and CPU seconds count from after the imports; peak memory is the whole
+process, with what the imports alone took beside it. No face is looked for, nothing is downloaded or uploaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from musetalk import media
+from musetalk.blending import PastePlan, blend_mask, crop_for_parsing, face_mask, paste_planes
+from musetalk.frames import BT709, Matrix, Planes, UInt8Array, bgr_to_planes, planes_to_bgr
+from musetalk.generator import crop_patch
+from musetalk.geometry import Box, blend_box
+from musetalk.preparing import QUEUE_DEPTH
+from musetalk.streaming import BackgroundReader, BackgroundWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+# Frame size and face size (px) of the synthetic clips.
+SIZES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
+    "720p": ((1280, 720), (250, 255)),
+    "1080p": ((1920, 1080), (375, 375)),
+}
+RATE = Fraction(25)
+AUDIO_RATE = 16_000
+PATCH_PX = 256
+N_PATCHES = 8
+# The run that shows whether memory grows is this many times longer.
+LONGER = 4
+# A longer run may take this share more memory and still be called flat.
+FLAT_WITHIN = 0.1
+# The prediction of FFmpeg's PNG encoder: "none" was its default up to 7.0. With "paeth", the default of 8.0, encoding
+# takes about three times as long; the original is older, so the cheaper one is what ours is held against.
+PNG_FILTERS = ("none", "paeth")
+_FIRST_PASS = {"preset": "medium", "crf": "18"}
+_SECOND_PASS = {"preset": "medium", "crf": "23"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one side is to do: the first `n_frames` frames of `clip`, with `audio`, into `folder / "out.mp4"`."""
+
+    clip: Path
+    audio: Path
+    folder: Path
+    n_frames: int
+    box: Box
+    png_filter: str = PNG_FILTERS[0]
+
+    @property
+    def output(self) -> Path:
+        """Where the finished video goes."""
+        return self.folder / "out.mp4"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one side took: CPU is user and system of the process and its children; memory in bytes."""
+
+    side: str
+    n_frames: int
+    cpu_s: float
+    wall_s: float
+    peak_rss: int
+    imports_rss: int
+    temporary_disk: int
+    output_bytes: int
+
+
+# -- the networks' stand-ins ------------------------------------------------------------------------------------------
+
+
+def canned_patches() -> list[UInt8Array]:
+    """Eight face-like pictures, BGR uint8 (256, 256, 3), with a mouth that opens."""
+    rng = np.random.default_rng(7)
+    grain = cv2.GaussianBlur(rng.normal(0, 40, (PATCH_PX, PATCH_PX, 3)), (0, 0), 1.5)
+    patches = []
+    for index in range(N_PATCHES):
+        patch = np.full((PATCH_PX, PATCH_PX, 3), (120, 150, 205), np.float64) + grain
+        cv2.ellipse(patch, (128, 190), (45, 6 + 3 * index), 0, 0, 360, (50, 40, 120), -1)
+        patches.append(np.clip(patch, 0, 255).astype(np.uint8))
+    return patches
+
+
+def canned_labels() -> UInt8Array:
+    """Classes of a face that fills the parsed square, uint8 (512, 512): skin, nose and mouth."""
+    labels = np.zeros((512, 512), np.uint8)
+    cv2.ellipse(labels, (256, 256), (160, 215), 0, 0, 360, 1, -1)
+    cv2.ellipse(labels, (256, 260), (28, 40), 0, 0, 360, 10, -1)
+    cv2.ellipse(labels, (256, 345), (60, 22), 0, 0, 360, 12, -1)
+    return labels
+
+
+# -- ours -------------------------------------------------------------------------------------------------------------
+
+
+def prepare_frame(planes: Planes, labels: UInt8Array, box: Box, matrix: Matrix) -> tuple[PastePlan, UInt8Array]:
+    """What is done once for a source frame: the crop that would go to the encoder, and where the patch goes."""
+    around = blend_box(box)
+    region = around.clipped(planes.width, planes.height)
+    picture = planes_to_bgr(planes, matrix, region)
+    crop = crop_patch(picture, box.shifted(-region.x0, -region.y0), PATCH_PX)
+    crop_for_parsing(picture, around.shifted(-region.x0, -region.y0))
+    soft = blend_mask(face_mask(labels, "jaw"), box, around)
+    return PastePlan.prepare(soft, box, around, planes.width, planes.height), crop
+
+
+def run_ours(job: Job) -> int:
+    """The worker's own path; returns the number of frames written."""
+    patches, labels = canned_patches(), canned_labels()
+    limits = media.MediaLimits()
+    info = media.inspect_source(job.clip, limits)
+    matrix = info.colour.matrix
+    writer = media.VideoWriter(
+        job.output,
+        width=info.width,
+        height=info.height,
+        rate=info.rate,
+        colour=info.colour,
+        n_frames=job.n_frames,
+        audio_path=job.audio,
+        audio_duration=job.n_frames / info.rate,
+    )
+
+    def paste_and_encode(item: tuple[Planes, PastePlan, UInt8Array]) -> None:
+        planes, plan, patch = item
+        planes = planes.copy()
+        paste_planes(planes, plan, patch, matrix)
+        writer.write(planes)
+
+    source = media.read_source(job.clip, info, limits, max_frames=job.n_frames)
+    with writer:
+        with (
+            BackgroundWriter(paste_and_encode, depth=QUEUE_DEPTH, name="encoder") as sink,
+            BackgroundReader(source, depth=QUEUE_DEPTH, name="decoder") as frames,
+        ):
+            plan: PastePlan | None = None
+            for frame in frames:
+                if plan is None or not frame.is_repeat:
+                    plan, _crop = prepare_frame(frame.planes, labels, job.box, matrix)
+                sink.put((frame.planes, plan, patches[frame.index % N_PATCHES]))
+        return writer.close().n_frames
+
+
+# -- the original's way -----------------------------------------------------------------------------------------------
+
+
+def run_upstream(job: Job) -> int:
+    """The original's order of work with its settings; returns the number of frames of the second pass."""
+    patches, labels = canned_patches(), canned_labels()
+    sources, results = job.folder / "source", job.folder / "result"
+    sources.mkdir()
+    results.mkdir()
+    rate = dump_source(job.clip, sources, job.n_frames, job.png_filter)
+    frames = [read_picture(path) for path in sorted(sources.iterdir())]
+    box, around = job.box, blend_box(job.box)
+    crops = []
+    for frame in frames:
+        part = frame[box.y0 : box.y1, box.x0 : box.x1]
+        crops.append(cv2.resize(part, (PATCH_PX, PATCH_PX), interpolation=cv2.INTER_LANCZOS4))
+    for index, source in enumerate(frames):
+        frame = copy.deepcopy(source)
+        face = cv2.resize(patches[index % N_PATCHES], (box.width, box.height))
+        blended = blend_whole(frame, np.asarray(face, np.uint8), labels, box, around)
+        cv2.imwrite(str(results / f"{index:08d}.png"), blended)
+    silent = job.folder / "silent.mp4"
+    encode_pictures(results, silent, rate)
+    return encode_again(silent, job.audio, job.output)
+
+
+def dump_source(clip: Path, folder: Path, n_frames: int, png_filter: str) -> Fraction:
+    """The first `n_frames` frames of `clip` as numbered PNG files by FFmpeg's encoder; returns the frame rate."""
+    with av.open(str(clip)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        encoder: Any = av.CodecContext.create("png", "w")
+        encoder.width, encoder.height, encoder.pix_fmt = stream.width, stream.height, "rgb24"
+        encoder.time_base, encoder.options = Fraction(1, 25), {"pred": png_filter}
+        for index, frame in enumerate(container.decode(stream)):
+            if index == n_frames:
+                break
+            rgb = frame.reformat(format="rgb24")
+            rgb.pts = index
+            data = b"".join(bytes(packet) for packet in encoder.encode(rgb))
+            (folder / f"{index:08d}.png").write_bytes(data)
+        assert stream.average_rate is not None
+        return Fraction(stream.average_rate)
+
+
+def read_picture(path: Path) -> UInt8Array:
+    """A picture file as BGR uint8 (H, W, 3)."""
+    picture = cv2.imread(str(path))
+    assert picture is not None, path
+    return np.asarray(picture, np.uint8)
+
+
+def blend_whole(frame: UInt8Array, face: UInt8Array, labels: UInt8Array, box: Box, around: Box) -> UInt8Array:
+    """The face over a BGR frame (H, W, 3), by Pillow on whole pictures, with a mask made for this frame alone."""
+    canvas = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    square = canvas.crop((around.x0, around.y0, around.x1, around.y1))
+    square.paste(Image.fromarray(cv2.cvtColor(face, cv2.COLOR_BGR2RGB)), (box.x0 - around.x0, box.y0 - around.y0))
+    mask = Image.fromarray(blend_mask(face_mask(labels, "jaw"), box, around))
+    canvas.paste(square, (around.x0, around.y0), mask)
+    return np.asarray(cv2.cvtColor(np.asarray(canvas), cv2.COLOR_RGB2BGR), np.uint8)
+
+
+def encode_pictures(folder: Path, output: Path, rate: Fraction) -> None:
+    """First pass: the numbered PNG files as H.264 without sound."""
+    with av.open(str(output), "w") as container:
+        stream: Any = None
+        for index, path in enumerate(sorted(folder.iterdir())):
+            picture = read_picture(path)
+            if stream is None:
+                stream = add_x264(container, rate, (picture.shape[1], picture.shape[0]), _FIRST_PASS)
+            frame: Any = av.VideoFrame.from_ndarray(picture, format="bgr24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = index, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def encode_again(silent: Path, audio: Path, output: Path) -> int:
+    """Second pass: the video decoded and encoded once more, the sound beside it as AAC; returns the frames."""
+    n_frames = 0
+    with av.open(str(silent)) as source, av.open(str(audio)) as sound, av.open(str(output), "w") as container:
+        pictures, voice = source.streams.video[0], sound.streams.audio[0]
+        assert pictures.average_rate is not None
+        pictures.thread_type = "AUTO"
+        rate = Fraction(pictures.average_rate)
+        n_samples = round(pictures.frames / rate * voice.rate)
+        video = add_x264(container, rate, (pictures.width, pictures.height), _SECOND_PASS)
+        track: Any = container.add_stream("aac", rate=voice.rate)
+        track.codec_context.layout = "mono" if voice.codec_context.layout.nb_channels == 1 else "stereo"
+        blocks = sound.decode(voice)
+        n_heard = 0
+        for n_frames, picture in enumerate(source.decode(pictures), start=1):
+            frame: Any = picture
+            frame.pts, frame.time_base = n_frames - 1, 1 / rate
+            frame.pict_type = 0  # or the second encoder would repeat the first one's choice
+            container.mux(video.encode(frame))
+            while n_heard < min(n_frames / rate * voice.rate, n_samples) and (block := next(blocks, None)) is not None:
+                n_heard += block.samples
+                container.mux(track.encode(block))
+        container.mux(video.encode(None))
+        container.mux(track.encode(None))
+    return n_frames
+
+
+def add_x264(container: Any, rate: Fraction, size: tuple[int, int], options: dict[str, str]) -> Any:
+    """A new H.264 stream of `size` px, with as many threads as x264 likes."""
+    stream = container.add_stream("libx264", rate=rate, options=options)
+    stream.width, stream.height = size
+    stream.pix_fmt = "yuv420p"
+    stream.codec_context.thread_count = 0
+    return stream
+
+
+SIDES: dict[str, Callable[[Job], int]] = {"ours": run_ours, "upstream": run_upstream}
+
+
+# -- one side, in the child process -----------------------------------------------------------------------------------
+
+
+def measure(side: str, job: Job) -> Report:
+    """Do the whole job once in this process and say what it took."""
+    imports_rss, cpu, wall = memory("VmRSS"), cpu_seconds(), time.monotonic()
+    n_frames = SIDES[side](job)
+    return Report(
+        side=side,
+        n_frames=n_frames,
+        cpu_s=cpu_seconds() - cpu,
+        wall_s=time.monotonic() - wall,
+        peak_rss=memory("VmHWM"),
+        imports_rss=imports_rss,
+        # Neither side removes anything: what lies beside the result is what was needed.
+        temporary_disk=sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file())
+        - job.output.stat().st_size,
+        output_bytes=job.output.stat().st_size,
+    )
+
+
+def cpu_seconds() -> float:
+    """User and system seconds of this process and its ended children."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def memory(field: str) -> int:
+    """Bytes of this process from /proc: VmRSS now, VmHWM at its peak (ru_maxrss starts with the parent's)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def run_side(side: str, job: Job) -> Report:
+    """Run one side in a fresh process and check the video it made."""
+    job.folder.mkdir()
+    command = [sys.executable, "-m", "benchmarks.media", "--side", side, "--frames", str(job.n_frames)]
+    command += ["--clip", str(job.clip), "--audio", str(job.audio), "--folder", str(job.folder)]
+    command += ["--face-box", ",".join(map(str, job.box)), "--png-filter", job.png_filter]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    report = Report(**json.loads(done.stdout.splitlines()[-1]))
+    check_output(side, job)
+    shutil.rmtree(job.folder)
+    return report
+
+
+def check_output(side: str, job: Job) -> None:
+    """Raise RuntimeError unless the video holds every picture that was asked for and sound of the same length."""
+    n_frames, sound_s, rate = describe(job.output)
+    if n_frames != job.n_frames:
+        raise RuntimeError(f"{side} made {n_frames} frames of {job.n_frames}")
+    # The slack is one block of the decoder and the encoder's padding.
+    if sound_s is None or abs(sound_s - float(job.n_frames / rate)) > 0.2:
+        raise RuntimeError(f"{side} made {sound_s} s of sound for {job.n_frames} frames")
+
+
+def describe(path: Path) -> tuple[int, float | None, Fraction]:
+    """(number of pictures, seconds of sound or None, frame rate) of a video, counted in its packets."""
+    n_frames, sound_s = 0, None
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        for packet in container.demux():
+            if packet.pts is None:
+                continue
+            if packet.stream.type == "video":
+                n_frames += 1
+            elif packet.stream.type == "audio":
+                sound_s = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+        assert stream.average_rate is not None
+        return n_frames, sound_s, Fraction(stream.average_rate)
+
+
+# -- synthetic clips --------------------------------------------------------------------------------------------------
+
+
+def make_clip(path: Path, size: tuple[int, int], face: tuple[int, int], n_frames: int) -> None:
+    """An H.264 clip like a camera's: a textured background that pans slowly behind a moving head."""
+    with media.VideoWriter(
+        path,
+        width=size[0],
+        height=size[1],
+        rate=RATE,
+        colour=BT709,
+        n_frames=n_frames,
+        audio_path=None,
+        audio_duration=Fraction(0),
+        settings=media.EncoderSettings(crf=18),
+    ) as writer:
+        for planes in camera_frames(size, face, n_frames):
+            writer.write(planes)
+        writer.close()
+
+
+def camera_frames(size: tuple[int, int], face: tuple[int, int], n_frames: int) -> Iterator[Planes]:
+    """The pictures of `make_clip`; everything moves by fractions of a pixel, so that no block is simply repeated."""
+    margin = 64
+    ground = bgr_to_planes(background(size[0] + 2 * margin, size[1] + 2 * margin), "bt709")
+    picture, opacity = head(face)
+    blob, luma = bgr_to_planes(picture, "bt709"), opacity
+    chroma = cv2.resize(opacity, (opacity.shape[1] // 2, opacity.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    left, top = (size[0] - picture.shape[1]) / 2, (size[1] - picture.shape[0]) / 2
+    for index in range(n_frames):
+        pan_x, pan_y = 48 * np.sin(index / 60), 24 * np.sin(index / 85)
+        head_x, head_y = left + 6 * np.sin(index / 9), top + 4 * np.sin(index / 7)
+        made = []
+        pairs = ((ground.y, blob.y, luma, 1), (ground.u, blob.u, chroma, 2), (ground.v, blob.v, chroma, 2))
+        for plane, over, weight, step in pairs:
+            target = (size[0] // step, size[1] // step)
+            behind = _moved(plane, (pan_x - margin) / step, (pan_y - margin) / step, target)
+            alpha = _moved(weight, head_x / step, head_y / step, target).astype(np.float32) / 255
+            front = _moved(over, head_x / step, head_y / step, target)
+            made.append(np.asarray(cv2.blendLinear(front, behind, alpha, 1 - alpha), np.uint8))
+        yield Planes(*made)
+
+
+def _moved(plane: NDArray[Any], dx: float, dy: float, size: tuple[int, int]) -> UInt8Array:
+    """`plane` shifted right and down by (dx, dy) px, as `size` px; black where nothing comes to lie."""
+    shift = np.array([[1, 0, dx], [0, 1, dy]], np.float64)
+    return np.asarray(cv2.warpAffine(plane, shift, size, flags=cv2.INTER_LINEAR), np.uint8)
+
+
+def background(width: int, height: int) -> UInt8Array:
+    """A lit wall, BGR uint8 (height, width, 3): gradients, soft noise of several sizes and fine grain."""
+    rng = np.random.default_rng(1)
+    x, y = np.linspace(0, 1, width)[None, :, None], np.linspace(0, 1, height)[:, None, None]
+    picture = np.array([90.0, 110.0, 120.0]) + 70 * x * np.array([0.8, 1.0, 1.1]) - 45 * y
+    for sigma, strength in ((40.0, 22.0), (8.0, 9.0), (1.2, 4.0)):
+        noise = cv2.GaussianBlur(rng.normal(0, 1, (height, width, 3)).astype(np.float32), (0, 0), sigma)
+        # Mostly light and shade, the same in all three, as surfaces have it; colour varies a quarter as much.
+        noise = noise[..., :1] + 0.25 * noise
+        picture = picture + strength * noise / noise.std()
+    return np.asarray(np.clip(picture, 0, 255), np.uint8)
+
+
+def head(face: tuple[int, int]) -> tuple[UInt8Array, UInt8Array]:
+    """A head for a face of `face` px: BGR uint8 (h, w, 3) of even size and its opacity (h, w)."""
+    width, height = (int(side * 1.4) // 2 * 2 for side in face)
+    rng = np.random.default_rng(2)
+    shade = 30 * np.cos(np.linspace(-1.4, 1.4, width))[None, :, None]
+    skin = cv2.GaussianBlur(rng.normal(0, 1, (height, width, 3)).astype(np.float32), (0, 0), 1.2)
+    picture = np.ascontiguousarray(np.array([110.0, 140.0, 190.0]) + shade + 5 * skin / skin.std())
+    middle = (width // 2, height // 2)
+    for side in (-1, 1):
+        eye = (middle[0] + side * face[0] // 5, middle[1] - face[1] // 8)
+        cv2.ellipse(picture, eye, (face[0] // 11, face[1] // 22), 0, 0, 360, (60, 60, 70), -1)
+    cv2.ellipse(
+        picture, (middle[0], middle[1] + face[1] // 4), (face[0] // 6, face[1] // 24), 0, 0, 360, (70, 60, 150), -1
+    )
+    opacity = np.zeros((height, width), np.uint8)
+    cv2.ellipse(opacity, middle, (int(face[0] * 0.52), int(face[1] * 0.66)), 0, 0, 360, 255, -1)
+    return np.clip(picture, 0, 255).astype(np.uint8), np.asarray(cv2.GaussianBlur(opacity, (0, 0), 2), np.uint8)
+
+
+def make_audio(path: Path, duration: Fraction) -> None:
+    """Speech-like bursts of noise, mono 16 kHz, as WAV."""
+    n_samples = int(duration * AUDIO_RATE)
+    rng = np.random.default_rng(3)
+    at = np.arange(n_samples) / AUDIO_RATE
+    envelope = np.clip(np.sin(2 * np.pi * 3.1 * at), 0, 1) * (np.sin(2 * np.pi * 0.4 * at) > -0.5)
+    samples = (np.clip(rng.normal(0, 0.15, n_samples) * envelope, -1, 1) * 32767).astype(np.int16)
+    with av.open(str(path), "w", format="wav") as container:
+        stream: Any = container.add_stream("pcm_s16le", rate=AUDIO_RATE)
+        stream.codec_context.layout = "mono"
+        for start in range(0, n_samples, 4096):
+            block = samples[None, start : start + 4096]
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="s16", layout="mono")
+            frame.sample_rate, frame.pts = AUDIO_RATE, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def centred_box(size: tuple[int, int], face: tuple[int, int]) -> Box:
+    """A face box of `face` px in the middle of a frame of `size` px."""
+    left, top = (size[0] - face[0]) // 2, (size[1] - face[1]) // 2
+    return Box(left, top, left + face[0], top + face[1])
+
+
+# -- the parent -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One clip to measure: `n_available` frames in it, `n_frames` of them for the comparison."""
+
+    name: str
+    clip: Path
+    audio: Path
+    box: Box
+    n_frames: int
+    n_available: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a case gave; `longer` is ours on more frames (None: the clip has no more)."""
+
+    name: str
+    ours: Report
+    upstream: Report
+    longer: Report | None
+
+    @property
+    def cpu_ratio(self) -> float:
+        """CPU of upstream by CPU of ours."""
+        return self.upstream.cpu_s / self.ours.cpu_s
+
+    @property
+    def growth(self) -> float | None:
+        """How much more memory the longer run took, as a share."""
+        return None if self.longer is None else self.longer.peak_rss / self.ours.peak_rss - 1
+
+
+def synthetic_case(name: str, n_frames: int, folder: Path) -> Case:
+    """A case with a clip and sound made for it, long enough for the longer run."""
+    size, face = SIZES[name]
+    clip, audio = folder / f"{name}.mp4", folder / f"{name}.wav"
+    make_clip(clip, size, face, LONGER * n_frames)
+    make_audio(audio, LONGER * n_frames / RATE)
+    return Case(name, clip, audio, centred_box(size, face), n_frames, LONGER * n_frames)
+
+
+def given_case(clip: Path, audio: Path, n_frames: int, box: Box | None) -> Case:
+    """A case with files of the caller's; the face is assumed in the middle and a third of the height if not said."""
+    info = media.probe_source(clip, media.MediaLimits())
+    n_available, _, _ = describe(clip)
+    side = round(info.height * 0.35)
+    box = box or centred_box((info.width, info.height), (side, side))
+    return Case(f"{info.width}x{info.height}", clip, audio, box, min(n_frames, n_available), n_available)
+
+
+def run_case(case: Case, folder: Path, png_filter: str) -> Result:
+    """Both sides of one case, one after the other, then ours again on more frames."""
+
+    def job(name: str, n_frames: int) -> Job:
+        return Job(case.clip, case.audio, folder / f"{case.name}-{name}", n_frames, case.box, png_filter)
+
+    ours = run_side("ours", job("ours", case.n_frames))
+    upstream = run_side("upstream", job("upstream", case.n_frames))
+    if ours.n_frames != upstream.n_frames:
+        raise RuntimeError(f"ours made {ours.n_frames} frames, upstream {upstream.n_frames}")
+    n_longer = min(case.n_available, LONGER * case.n_frames)
+    longer = run_side("ours", job("longer", n_longer)) if n_longer > case.n_frames else None
+    return Result(case.name, ours, upstream, longer)
+
+
+def table(results: list[Result]) -> str:
+    """The results as text: a line for each side of each size, then what the longer runs say."""
+    header = f"{'size':<10}{'side':<10}{'frames':>7}{'CPU ms':>9}{'wall ms':>9}{'RSS MB':>8}{'disk MB':>9}{'out MB':>8}"
+    lines = ["CPU and wall per output frame; RSS is the peak of the process", header]
+    for result in results:
+        lines += [_row(result.name, report) for report in (result.ours, result.upstream)]
+        ours, upstream = result.ours, result.upstream
+        lines.append(
+            f"{'':<10}upstream / ours: CPU {result.cpu_ratio:.1f}x, wall {upstream.wall_s / ours.wall_s:.1f}x,"
+            f" RSS {upstream.peak_rss / ours.peak_rss:.1f}x"
+        )
+    for result in results:
+        if result.longer is None or result.growth is None:
+            lines.append(f"{result.name}: the clip has no more frames for a longer run")
+            continue
+        verdict = "flat" if result.growth <= FLAT_WITHIN else "NOT flat"
+        lines.append(
+            f"{result.name} ours: {_mb(result.ours.peak_rss):.0f} MB at {result.ours.n_frames} frames,"
+            f" {_mb(result.longer.peak_rss):.0f} MB at {result.longer.n_frames} ({result.growth:+.1%}): {verdict};"
+            f" {_mb(result.ours.imports_rss):.0f} MB of it are the imports;"
+            f" {_per_frame_ms(result.longer.cpu_s, result.longer):.1f} ms CPU per frame in the longer run"
+        )
+    return "\n".join(lines)
+
+
+def _row(name: str, report: Report) -> str:
+    return (
+        f"{name:<10}{report.side:<10}{report.n_frames:>7}{_per_frame_ms(report.cpu_s, report):>9.1f}"
+        f"{_per_frame_ms(report.wall_s, report):>9.1f}{_mb(report.peak_rss):>8.0f}"
+        f"{_mb(report.temporary_disk):>9.1f}{_mb(report.output_bytes):>8.2f}"
+    )
+
+
+def _per_frame_ms(seconds: float, report: Report) -> float:
+    return 1000 * seconds / report.n_frames
+
+
+def _mb(n_bytes: int) -> float:
+    return n_bytes / 2**20
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on, and with which versions."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "av": av.__version__,
+        "libraries": {name: ".".join(map(str, version)) for name, version in av.library_versions.items()},
+        "opencv": cv2.__version__,
+        "numpy": np.__version__,
+        "pillow": importlib.metadata.version("pillow"),
+    }
+
+
+def as_json(results: list[Result], png_filter: str) -> dict[str, Any]:
+    """All numbers: seconds, bytes and ratios, with the machine."""
+    cases = [{**asdict(result), "cpu_ratio": result.cpu_ratio, "growth": result.growth} for result in results]
+    return {"machine": machine(), "png_filter": png_filter, "cases": cases}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `--side` and `--folder` are for the processes that the benchmark starts itself."""
+    parser = argparse.ArgumentParser(description="Media path of this worker against the original scripts' way.")
+    parser.add_argument("--frames", type=int, default=100, help="output frames of each run")
+    parser.add_argument("--sizes", default="720p,1080p", help="synthetic clips to make, of 720p and 1080p")
+    parser.add_argument("--clip", type=Path, help="a video instead of synthetic clips")
+    parser.add_argument("--audio", type=Path, help="its sound, at least as long as the frames used")
+    parser.add_argument("--face-box", type=parse_box, help="X0,Y0,X1,Y1 in px; default: in the middle")
+    parser.add_argument("--png-filter", choices=PNG_FILTERS, default=PNG_FILTERS[0], help="of upstream's source dump")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.frames < 1:
+        parser.error("--frames must be at least 1")
+    if (options.clip is None) != (options.audio is None):
+        parser.error("--clip and --audio go together")
+    unknown = set(options.sizes.split(",")) - set(SIZES)
+    if unknown:
+        parser.error(f"unknown sizes: {', '.join(sorted(unknown))}")
+    return options
+
+
+def parse_box(text: str) -> Box:
+    """A box of four whole numbers with commas between; raises ValueError for anything else."""
+    x0, y0, x1, y1 = (int(edge) for edge in text.split(","))
+    return Box(x0, y0, x1, y1)
+
+
+def main() -> None:
+    """Measure and print; in a child process do one side and print its report as JSON."""
+    options = parse_arguments()
+    if options.side is not None:
+        job = Job(options.clip, options.audio, options.folder, options.frames, options.face_box, options.png_filter)
+        print(json.dumps(asdict(measure(options.side, job))))
+        return
+    results = []
+    with tempfile.TemporaryDirectory(prefix="bench-media-") as name:
+        folder = Path(name)
+        if options.clip is not None:
+            clip, audio = options.clip.resolve(), options.audio.resolve()
+            results.append(
+                run_case(given_case(clip, audio, options.frames, options.face_box), folder, options.png_filter)
+            )
+        else:
+            for size in options.sizes.split(","):
+                results.append(run_case(synthetic_case(size, options.frames, folder), folder, options.png_filter))
+    facts = machine()
+    print(f"{facts['date']}  {facts['cpu']}, {facts['cores']} cores, load {facts['load'][0]:.1f}, av {facts['av']}")
+    print(f"upstream's source dump with PNG prediction {options.png_filter}")
+    print(table(results))
+    if options.json is not None:
+        options.json.write_text(json.dumps(as_json(results, options.png_filter), indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
