@@ -27,7 +27,7 @@ def core(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Core:
         {
             "MUSETALK_MODELS_DIR": str(tiny_models),
             "MUSETALK_DEVICE": "cpu",
-            "MUSETALK_CPU_THREADS": "2",
+            "MUSETALK_CPU_THREADS": "1",
             "OUTPUT_DIR": str(folder / "outputs"),
             "WORK_DIR": str(folder / "work"),
             "BATCH_SIZE": "8",
