@@ -65,13 +65,14 @@ def post_fork(_server: Any, _worker: Any) -> None:
 
 def post_worker_init(_worker: Any) -> None:
     """Stop claiming with the first SIGTERM; Gunicorn calls worker_exit only when no request is left."""
-    previous = signal.getsignal(signal.SIGTERM)
+    # Imported here and not in the handler: a second signal would come in the middle of the first one's import.
+    from musetalk_core import shared_core
+    from poller import running
+
+    core, previous = shared_core(), signal.getsignal(signal.SIGTERM)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        from musetalk_core import shared_core
-        from poller import running
-
-        shared_core().drain()
+        core.drain()
         if (loop := running()) is not None:
             loop.stop()
         if callable(previous):

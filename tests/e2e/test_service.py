@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
@@ -149,5 +152,23 @@ def test_sigterm_lets_the_running_job_finish(tmp_path: Path, tiny_models: Path) 
         assert answers[0].status_code == 200
         assert server.process.wait(30) == 0
         assert (tmp_path / "outputs/last.mp4").is_file()
+    finally:
+        server.stop()
+
+
+def test_sigterm_sent_to_every_process_several_times_ends_without_a_traceback(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    """As `pkill gunicorn` does it: the worker gets the signal from outside and from its parent."""
+    server = Server(tmp_path, tiny_models)
+    try:
+        server.wait_for(200)
+        (worker,) = psutil.Process(server.process.pid).children()
+        for _ in range(5):
+            for process in (worker.pid, server.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        assert "Traceback" not in server.log_text()
     finally:
         server.stop()
