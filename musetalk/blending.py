@@ -57,18 +57,24 @@ def face_mask(labels: UInt8Array, mode: MaskMode, left_cheek: int = 90, right_ch
     `raw` is skin and mouth, `neck` adds the neck, `jaw` grows the skin downwards and upwards, then draws the cheeks
     back (spec section 6).
     """
-    mouth = np.isin(labels, _MOUTH)
     if mode == "raw":
-        chosen = mouth | (labels == _SKIN)
-    elif mode == "neck":
-        chosen = mouth | (labels == _SKIN) | (labels == _NECK)
-    else:
-        skin = np.where(labels == _SKIN, 255, 0).astype(np.uint8)
-        grown = cv2.dilate(skin, _cone_kernel())
-        eroded = cv2.erode(grown, _cheek_kernel(), iterations=2)
-        region = np.where(cheek_zone(left_cheek, right_cheek)[None, :], eroded, grown)
-        chosen = ((region > 0) & (labels != _NOSE)) | mouth
-    return np.where(chosen, 255, 0).astype(np.uint8)
+        return _of_classes(labels, _SKIN, *_MOUTH)
+    if mode == "neck":
+        return _of_classes(labels, _SKIN, _NECK, *_MOUTH)
+    grown = cv2.dilate(_of_classes(labels, _SKIN), _cone_kernel())
+    eroded = cv2.erode(grown, _cheek_kernel(), iterations=2)
+    zone = np.where(cheek_zone(left_cheek, right_cheek), 255, 0).astype(np.uint8)
+    # The erosion only takes away, so "eroded in the zone, grown elsewhere" is the eroded or what is grown outside it.
+    region = cv2.bitwise_or(eroded, cv2.bitwise_and(grown, np.broadcast_to(255 - zone, grown.shape).copy()))
+    region = cv2.bitwise_and(region, cv2.bitwise_not(_of_classes(labels, _NOSE)))
+    return np.asarray(cv2.bitwise_or(region, _of_classes(labels, *_MOUTH)), np.uint8)
+
+
+def _of_classes(labels: UInt8Array, *classes: int) -> UInt8Array:
+    """255 where a pixel is of one of the classes, else 0."""
+    table = np.zeros(256, np.uint8)
+    table[list(classes)] = 255
+    return np.asarray(cv2.LUT(labels, table), np.uint8)
 
 
 def blend_mask(mask: UInt8Array, box: Box, around: Box, *, blur: float = 0.05) -> UInt8Array:
@@ -83,10 +89,18 @@ def blend_mask(mask: UInt8Array, box: Box, around: Box, *, blur: float = 0.05) -
     resized = np.asarray(Image.fromarray(mask).resize((side_w, side_h)), np.uint8)
     inner = box.shifted(-around.x0, -around.y0).clipped(side_w, side_h)
     top = max(inner.y0, int(side_h * _UPPER_BOUNDARY))
-    kept = np.zeros_like(resized)
-    kept[top : inner.y1, inner.x0 : inner.x1] = resized[top : inner.y1, inner.x0 : inner.x1]
     kernel = int(blur * side_w // 2 * 2) + 1
-    return np.asarray(cv2.GaussianBlur(kept, (kernel, kernel), 0), np.uint8)
+    # Only what the blur can reach is blurred; beyond it everything is zero, which is also what is repeated at the edge.
+    reach = Box(inner.x0 - kernel, top - kernel, inner.x1 + kernel, inner.y1 + kernel).clipped(side_w, side_h)
+    soft = np.zeros_like(resized)
+    if top >= inner.y1 or inner.x0 >= inner.x1:
+        return soft
+    kept = np.zeros((reach.height, reach.width), np.uint8)
+    kept[top - reach.y0 : inner.y1 - reach.y0, inner.x0 - reach.x0 : inner.x1 - reach.x0] = resized[
+        top : inner.y1, inner.x0 : inner.x1
+    ]
+    soft[reach.y0 : reach.y1, reach.x0 : reach.x1] = cv2.GaussianBlur(kept, (kernel, kernel), 0)
+    return soft
 
 
 def crop_for_parsing(frame: UInt8Array, around: Box) -> UInt8Array:

@@ -20,8 +20,10 @@ MAX_UPSCALE = 2
 FACE_MARGIN = Fraction(1, 4)
 # Two aspects that differ by less are taken for the same.
 _SAME_ASPECT = Fraction(1, 100)
-# A crop thinner than this shows no face.
-_MIN_CROP = 64
+# Where less than this is left of a picture, or shown of it beside the black, no face can be seen (px).
+_MIN_SHOWN = 64
+# An even number is at most this far from the exact one (px).
+_ROUNDING = 1
 
 
 @dataclass(frozen=True)
@@ -74,45 +76,70 @@ def _side(value: int) -> int:
     return value
 
 
+def parse_request(aspect_ratio: str | None, resolution: str | None) -> tuple[Fraction | None, Resolution | None]:
+    """Both fields of a request, before any source is known; None keeps the source's.
+
+    Raises RequestError that names the field for a malformed value, and for a size that no source could give.
+    """
+    aspect, wanted = parse_aspect_ratio(aspect_ratio), parse_resolution(resolution)
+    if aspect is not None and wanted is not None and wanted.short_side is not None:
+        _from_short_side(wanted.short_side, aspect)
+    return aspect, wanted
+
+
 def plan_output(
     width: int, height: int, face: Box | None, aspect_ratio: str | None, resolution: str | None
 ) -> OutputPlan:
     """What to show of a `width` x `height` px frame (both even) around `face`, and how large.
 
-    Raises RequestError that names the field for a malformed value, a shape no face fits in, or more than double size.
+    Raises RequestError that names the field for a malformed value, a shape that leaves too little of the picture, or
+    more than double size; ValueError for a frame that is not even.
     """
-    aspect, wanted = parse_aspect_ratio(aspect_ratio), parse_resolution(resolution)
-    warnings: tuple[str, ...] = ()
+    if min(width, height) < 2 or width % 2 or height % 2:
+        raise ValueError(f"a frame of {width}x{height} px has no even size")
+    aspect, wanted = parse_request(aspect_ratio, resolution)
+    field, warnings = "aspect_ratio", []
     if wanted is not None and wanted.size is not None:
         exact = Fraction(*wanted.size)
         if aspect is not None and abs(exact / aspect - 1) > _SAME_ASPECT:
-            warnings = (f"resolution {resolution} and aspect_ratio {aspect_ratio} differ; the resolution is used",)
-        aspect = exact
+            warnings.append(f"resolution {resolution} and aspect_ratio {aspect_ratio} differ; the resolution is used")
+        aspect, field = exact, "resolution"
     crop = Box(0, 0, width, height) if aspect is None else _crop(width, height, face, aspect)
-    if min(crop.width, crop.height) < _MIN_CROP <= min(width, height):
+    plan = OutputPlan(crop, *_size(crop, aspect, wanted), tuple(warnings))
+    _refuse_unusable(plan, width, height, field)
+    return plan
+
+
+def _refuse_unusable(plan: OutputPlan, width: int, height: int, field: str) -> None:
+    """Raise RequestError for too much enlargement, or a shape (asked for by `field`) that shows too little."""
+    crop, size = plan.crop, (plan.width, plan.height)
+    # The longer side follows from the shorter one, and both sides of both sizes were rounded.
+    short, long = MAX_UPSCALE * min(crop.width, crop.height), MAX_UPSCALE * max(crop.width, crop.height)
+    if min(size) > short or max(size) > long + 2 * _ROUNDING:
         raise RequestError(
-            f"aspect_ratio leaves only {crop.width}x{crop.height} px of the {width}x{height} picture",
-            field="aspect_ratio" if aspect_ratio else "resolution",
-        )
-    out_width, out_height = _size(crop, aspect, wanted)
-    if out_width > MAX_UPSCALE * crop.width or out_height > MAX_UPSCALE * crop.height:
-        raise RequestError(
-            f"resolution asks for {out_width}x{out_height} px of a {crop.width}x{crop.height} picture; "
+            f"resolution asks for {plan.width}x{plan.height} px of a {crop.width}x{crop.height} picture; "
             f"at most {MAX_UPSCALE} times the size is made",
             field="resolution",
         )
-    return OutputPlan(crop, out_width, out_height, warnings)
+    shown = crop.clipped(width, height)
+    drawn = (shown.width * plan.width // crop.width, shown.height * plan.height // crop.height)
+    if min(shown.width, shown.height, *drawn) < _MIN_SHOWN <= min(width, height):
+        raise RequestError(
+            f"{field} leaves only {shown.width}x{shown.height} px of the {width}x{height} picture, "
+            f"drawn {drawn[0]}x{drawn[1]} px large",
+            field=field,
+        )
 
 
 def _crop(width: int, height: int, face: Box | None, aspect: Fraction) -> Box:
     """The largest window of this aspect inside the frame, placed around the face, or larger where the face needs it."""
-    if abs(Fraction(width, height) / aspect - 1) <= Fraction(1, max(width, height)):
+    if abs(width - height * aspect) <= _ROUNDING or abs(height - width / aspect) <= _ROUNDING:
         return Box(0, 0, width, height)
     needed = _needed(width, height, face)
     window_height = min(Fraction(height), width / aspect)
     window_height = max(window_height, Fraction(needed.height), needed.width / aspect)
-    crop_width = max(_even(window_height * aspect), needed.width)
-    crop_height = max(_even(window_height), needed.height)
+    # One of the two is an even side of the frame or of the face, the other is rounded.
+    crop_width, crop_height = _even(window_height * aspect), _even(window_height)
     x0 = _placed(crop_width, width, needed.x0, needed.x1)
     y0 = _placed(crop_height, height, needed.y0, needed.y1)
     return Box(x0, y0, x0 + crop_width, y0 + crop_height)
@@ -139,20 +166,23 @@ def _placed(window: int, length: int, low: int, high: int) -> int:
 
 
 def _size(crop: Box, aspect: Fraction | None, wanted: Resolution | None) -> tuple[int, int]:
+    """Width and height (px) of the output."""
     if wanted is not None and wanted.size is not None:
         return wanted.size
-    shape = Fraction(crop.width, crop.height) if aspect is None or wanted is None else aspect
+    shape = aspect or Fraction(crop.width, crop.height)
     if wanted is not None and wanted.short_side is not None:
-        side = wanted.short_side
-        width, height = (_even(side * shape), side) if shape >= 1 else (side, _even(side / shape))
-    else:
-        width, height = crop.width, crop.height
-    longest = max(width, height)
-    if longest > MAX_SIDE:
-        if wanted is not None:
-            raise RequestError(f"resolution gives a picture {longest} px long; at most {MAX_SIDE}", field="resolution")
-        width, height = _even(Fraction(width * MAX_SIDE, longest)), _even(Fraction(height * MAX_SIDE, longest))
-    return width, height
+        return _from_short_side(wanted.short_side, shape)
+    if max(crop.width, crop.height) <= MAX_SIDE:
+        return crop.width, crop.height
+    return (MAX_SIDE, _even(MAX_SIDE / shape)) if shape >= 1 else (_even(MAX_SIDE * shape), MAX_SIDE)
+
+
+def _from_short_side(side: int, shape: Fraction) -> tuple[int, int]:
+    """Width and height (px) of a picture of this shape; raises RequestError when the longer one is too long."""
+    size = (_even(side * shape), side) if shape >= 1 else (side, _even(side / shape))
+    if max(size) > MAX_SIDE:
+        raise RequestError(f"resolution gives a picture {max(size)} px long; at most {MAX_SIDE}", field="resolution")
+    return size
 
 
 def _even(value: Fraction | int) -> int:

@@ -12,36 +12,50 @@ from musetalk.geometry import Box
 def fit_planes(planes: Planes, crop: Box, size: tuple[int, int]) -> Planes:
     """The part of the picture inside `crop` at `size` (width, height) px; all edges and sides even.
 
-    What of `crop` lies outside the picture is black. The whole picture at its own size is returned as it is. Raises
-    ValueError for odd or empty boxes and sizes.
+    What of `crop` lies outside the picture is black. Chroma samples are taken to lie in the middle of their four luma
+    samples, as in `frames`; where they lie at the left (MPEG-2) colour moves by at most half an output pixel. The whole
+    picture at its own size is returned as it is, a part of it may share its memory. Raises ValueError for odd or empty
+    boxes and sizes.
     """
     width, height = size
     if any(edge % 2 for edge in (*crop, width, height)) or crop.is_empty or width <= 0 or height <= 0:
         raise ValueError(f"crop {tuple(crop)} to {width}x{height}: edges and sides must be even and not empty")
-    whole = Box(0, 0, planes.width, planes.height)
-    if crop == whole and size == (planes.width, planes.height):
+    inside = crop.clipped(planes.width, planes.height)
+    if inside != crop:
+        return _with_black(planes, inside, crop, size)
+    if crop == Box(0, 0, planes.width, planes.height) and size == (planes.width, planes.height):
         return planes
-    part = _cropped(planes, crop)
-    if size == (part.width, part.height):
-        return Planes(*(np.ascontiguousarray(plane) for plane in (part.y, part.u, part.v)))
+    part = planes.region(crop)
     half = (width // 2, height // 2)
     return Planes(_scaled(part.y, size), _scaled(part.u, half), _scaled(part.v, half))
 
 
-def _cropped(planes: Planes, crop: Box) -> Planes:
-    inside = crop.clipped(planes.width, planes.height)
-    if inside == crop:
-        return planes.region(crop)
-    canvas = black_planes(crop.width, crop.height)
-    if not inside.is_empty:
-        target, source = canvas.region(inside.shifted(-crop.x0, -crop.y0)), planes.region(inside)
-        target.y[...], target.u[...], target.v[...] = source.y, source.u, source.v
+def _with_black(planes: Planes, inside: Box, crop: Box, size: tuple[int, int]) -> Planes:
+    """`inside` where it lies in `crop`, scaled to `size`, on black.
+
+    The canvas has the size of the output, however far the crop reaches, and no black is mixed into the picture's edge.
+    """
+    canvas = black_planes(*size)
+    xs = [_even_place(x - crop.x0, crop.width, size[0]) for x in (inside.x0, inside.x1)]
+    ys = [_even_place(y - crop.y0, crop.height, size[1]) for y in (inside.y0, inside.y1)]
+    place = Box(xs[0], ys[0], xs[1], ys[1])
+    if not place.is_empty:
+        target, shown = canvas.region(place), fit_planes(planes, inside, (place.width, place.height))
+        target.y[...], target.u[...], target.v[...] = shown.y, shown.u, shown.v
     return canvas
 
 
+def _even_place(offset: int, length: int, scaled: int) -> int:
+    """The even position nearest to `offset` of `length` px on an axis scaled to `scaled` px."""
+    return (offset * scaled + length) // (2 * length) * 2
+
+
 def _scaled(plane: UInt8Array, size: tuple[int, int]) -> UInt8Array:
+    """The plane at `size` (width, height): averaged on the axes that shrink, cubic on those that grow; C-contiguous."""
     height, width = plane.shape
-    # Area averaging is the antialiased way down; cubic keeps edges on the way up.
-    shrinks = size[0] < width or size[1] < height
-    scaled = cv2.resize(plane, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
-    return np.asarray(scaled, np.uint8)
+    smaller = (min(width, size[0]), min(height, size[1]))
+    if smaller != (width, height):
+        plane = np.asarray(cv2.resize(plane, smaller, interpolation=cv2.INTER_AREA), np.uint8)
+    if smaller != size:
+        plane = np.asarray(cv2.resize(plane, size, interpolation=cv2.INTER_CUBIC), np.uint8)
+    return np.ascontiguousarray(plane)

@@ -23,23 +23,30 @@ import av.error
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import DiskFullError, EncodeError
-from musetalk.frames import BT709, Colour, Planes, black_planes
+from errors import DiskFullError, EncodeError, MediaError
+from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour, Planes, black_planes
 from musetalk.media.limits import MediaLimits
-from musetalk.media.opening import open_container
-from musetalk.media.probe import inspect_source
+from musetalk.media.opening import decode, open_container, prepare_decoder
 from musetalk.media.sound import inspect_audio, read_audio_blocks
+from musetalk.media.timing import as_fraction
 
 # Sound is muxed this far ahead of the picture, so that players never wait for it.
 _AUDIO_LEAD_S = Fraction(1, 2)
 _AAC_FRAME = 1024
 _BIT_RATES = {1: 96_000, 2: 160_000}
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
+_SOFTWARE_CODEC, _HARDWARE_CODEC = "libx264", "h264_nvenc"
+_ENCODERS = ("auto", _SOFTWARE_CODEC, _HARDWARE_CODEC)
+# Code points (ITU-T H.273) that x264 writes; it drops others, and a player would have to guess.
+_WRITTEN_PRIMARIES = {1, *range(4, 13)}
+_WRITTEN_TRANSFERS = {1, *range(4, 19)}
+# Clocks of odd rates may be off by this much (s); those of the usual rates are exact.
+_CLOCK_TOLERANCE = Fraction(1, 10_000)
 
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """How the picture is encoded; `crf` is x264's constant quality (for NVENC its constant quantiser)."""
+    """How the picture is encoded; `crf` (0..51) is x264's constant quality, NVENC's quantiser follows it."""
 
     codec: str = "libx264"
     preset: str = "veryfast"
@@ -48,9 +55,10 @@ class EncoderSettings:
 
     def options(self) -> dict[str, str]:
         """The encoder's private options."""
-        if self.codec == "h264_nvenc":
-            return {"preset": "p4", "rc": "vbr", "cq": str(self.crf + 3), "b:v": "0", "profile": "high"}
-        return {"preset": self.preset, "crf": str(self.crf), "profile": "high"}
+        if self.codec == _HARDWARE_CODEC:
+            return {"preset": "p4", "rc": "vbr", "cq": str(min(self.crf + 3, 51)), "b:v": "0", "profile": "high"}
+        # 0 is lossless, which High profile does not have and browsers do not play.
+        return {"preset": self.preset, "crf": str(max(self.crf, 1)), "profile": "high"}
 
     def n_threads(self) -> int:
         """Encoder threads."""
@@ -59,7 +67,7 @@ class EncoderSettings:
 
 @dataclass(frozen=True)
 class OutputInfo:
-    """A finished and checked file; durations in seconds."""
+    """A finished and checked file; durations in seconds, `codec` the encoder that made the picture."""
 
     width: int
     height: int
@@ -68,18 +76,24 @@ class OutputInfo:
     duration: Fraction
     audio_duration: Fraction | None
     n_bytes: int
+    codec: str = _SOFTWARE_CODEC
 
 
 def choose_encoder(preferred: str = "auto") -> tuple[EncoderSettings, str | None]:
-    """The encoder to use and, where it is not the wanted one, why; NVENC has to prove itself by a test encode."""
-    if preferred == "libx264":
+    """The encoder to use and, where it is not the wanted one, why; NVENC has to prove itself by a test encode.
+
+    `preferred` is auto, libx264 or h264_nvenc; raises ValueError for anything else.
+    """
+    if preferred not in _ENCODERS:
+        raise ValueError(f"the encoder is one of {', '.join(_ENCODERS)}, not {preferred!r}")
+    if preferred == _SOFTWARE_CODEC:
         return EncoderSettings(), None
-    nvenc = EncoderSettings(codec="h264_nvenc")
+    nvenc = EncoderSettings(codec=_HARDWARE_CODEC)
     try:
         _test_encode(nvenc)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         # Without a GPU or its driver libraries opening fails with one of several classes.
-        return EncoderSettings(), f"h264_nvenc cannot be used here ({type(error).__name__})"
+        return EncoderSettings(), f"{_HARDWARE_CODEC} cannot be used here ({type(error).__name__})"
     return nvenc, None
 
 
@@ -111,6 +125,16 @@ def planes_frame(planes: Planes, colour: Colour) -> Any:
     return frame
 
 
+def written_colour(colour: Colour) -> Colour:
+    """`colour` with the usual primaries and transfer of its matrix in place of those that H.264 files do not carry."""
+    usual = next((known for known in (BT709, BT601_PAL) if known.matrix_code == colour.matrix_code), BT601_NTSC)
+    return replace(
+        colour,
+        primaries=colour.primaries if colour.primaries in _WRITTEN_PRIMARIES else usual.primaries,
+        transfer=colour.transfer if colour.transfer in _WRITTEN_TRANSFERS else usual.transfer,
+    )
+
+
 class VideoWriter:
     """Writes one MP4 in a `with` block; `close` gives it its name, leaving the block without `close` removes it.
 
@@ -133,32 +157,49 @@ class VideoWriter:
     ) -> None:
         """`n_frames` pictures at `rate` beside the first `audio_duration` seconds of `audio_path` (None: silent).
 
-        Raises EncodeError when the encoder cannot be opened, MediaError when the sound cannot.
+        Raises EncodeError when this cannot be encoded, MediaError when the sound cannot be read.
         """
         self._path, self._limits = path, limits or MediaLimits()
-        self._size, self._rate, self._colour, self._n_frames = (width, height), rate, colour, n_frames
+        self._size, self._rate, self._n_frames = (width, height), rate, n_frames
+        self._colour = written_colour(colour)
         self._duration = audio_duration if audio_path is not None else None
         self._n_written = 0
         self._closed = False
         self._part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         self._container: Any = None
+        self._sound: _SoundTrack | None = None
+        if min(width, height) < 2 or width % 2 or height % 2 or n_frames < 1 or rate <= 0:
+            raise EncodeError(f"{n_frames} pictures of {width}x{height} px at {rate} a second cannot be encoded")
         try:
             with encoder_errors():
                 # FFmpeg opens the file with the first packet; a folder that is not there is told now.
                 self._part.touch(exist_ok=False)
+            self._open(settings or EncoderSettings())
+            if audio_path is not None:
+                with encoder_errors():
+                    self._sound = _SoundTrack(self._container, audio_path, audio_duration, self._limits)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _open(self, settings: EncoderSettings) -> None:
+        """Make the container and its encoder; x264 stands in where the hardware does not take this picture."""
+        self.codec = settings.codec
+        try:
+            with encoder_errors():
                 self._container = av.open(
                     f"file:{os.path.abspath(self._part)}",
                     "w",
                     format="mp4",
                     options={"movflags": "+faststart", "fflags": "+bitexact"},
                 )
-                self._video = self._add_video(settings or EncoderSettings())
-                self._sound = None
-                if audio_path is not None:
-                    self._sound = _SoundTrack(self._container, audio_path, audio_duration, self._limits)
-        except BaseException:
-            self.abort()
-            raise
+                self._video = self._add_video(settings)
+        except EncodeError:
+            if settings.codec != _HARDWARE_CODEC:
+                raise
+            # It passed its test, but has a smallest size and a limited number of sessions. Nothing is written yet.
+            self._container.close()
+            self._open(replace(settings, codec=_SOFTWARE_CODEC))
 
     def _add_video(self, settings: EncoderSettings) -> Any:
         # A rational rate is its own time base: no time stamp is ever rounded.
@@ -176,8 +217,12 @@ class VideoWriter:
 
     def write(self, planes: Planes) -> None:
         """Encode the next picture; raises EncodeError for a wrong size or one too many, DiskFullError."""
-        if (planes.width, planes.height) != self._size:
-            raise EncodeError(f"a picture of {planes.width}x{planes.height} px in a video of {self._size}")
+        if self._container is None:
+            raise EncodeError("a picture for an output that is closed")
+        width, height = self._size
+        half = (height // 2, width // 2)
+        if planes.y.shape != (height, width) or planes.u.shape != half or planes.v.shape != half:
+            raise EncodeError(f"a picture of {planes.width}x{planes.height} px in a video of {width}x{height} px")
         if self._n_written >= self._n_frames:
             raise EncodeError(f"more than the {self._n_frames} pictures that were announced")
         frame = planes_frame(planes, self._colour)
@@ -195,6 +240,8 @@ class VideoWriter:
         Raises EncodeError when pictures are missing or the file does not hold what it should, DiskFullError; the file
         is removed then.
         """
+        if self._container is None:
+            raise EncodeError("the output is closed already")
         try:
             if self._n_written != self._n_frames:
                 raise EncodeError(f"{self._n_written} of {self._n_frames} pictures were written")
@@ -207,7 +254,8 @@ class VideoWriter:
                 container.close()
                 _sync(self._part)
             info = self._check()
-            os.replace(self._part, self._path)
+            with encoder_errors():
+                os.replace(self._part, self._path)
         except BaseException:
             self.abort()
             raise
@@ -219,15 +267,15 @@ class VideoWriter:
         if self._closed:
             return
         self._closed = True
-        container, self._container = self._container, None
-        if getattr(self, "_sound", None) is not None:
-            self._sound.close()  # type: ignore[union-attr]
-        if container is not None:
-            # What cannot be finished is removed next.
-            with suppress(av.error.FFmpegError, OSError, ValueError):
-                container.close()
+        # Without its name first: finishing a file that is not wanted would rewrite all of it.
         with suppress(OSError):
             self._part.unlink(missing_ok=True)
+        container, self._container = self._container, None
+        if self._sound is not None:
+            self._sound.close()
+        if container is not None:
+            with suppress(av.error.FFmpegError, OSError, ValueError):
+                container.close()
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -239,42 +287,66 @@ class VideoWriter:
 
     def _check(self) -> OutputInfo:
         """Open the finished file as a player would; raises EncodeError for whatever is not as it was meant."""
-        limits = replace(
-            self._limits, min_side=0, max_side=2**15, max_pixels=2**30, max_frames=2**31, max_rate=Fraction(1000)
-        )
-        source = inspect_source(self._part, limits)
-        with open_container(self._part, limits, "the output") as container:
-            stream = container.streams.video[0]
-            times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
-            time_base = Fraction(stream.time_base)
-        wanted = [index / self._rate for index in range(self._n_frames)]
-        problems = []
-        if (source.width, source.height) != self._size:
-            problems.append(f"size {source.width}x{source.height}")
-        if len(times) != self._n_frames:
-            problems.append(f"{len(times)} pictures")
-        elif any(abs(pts * time_base - time) > Fraction(1, 10_000) for pts, time in zip(times, wanted, strict=True)):
-            problems.append("time stamps")
-        if source.colour.matrix_code != self._colour.matrix_code:
-            problems.append("colour tags")
+        # A request may enlarge a picture beyond what is accepted as a source.
+        limits = replace(self._limits, max_pixels=2**30)
+        sound = None
+        try:
+            with open_container(self._part, limits, "the output") as container:
+                problems = self._video_problems(container, limits)
+            if self._duration is not None:
+                sound = inspect_audio(self._part, limits).duration
+        except MediaError as error:
+            # The file is ours: nobody's input is at fault.
+            raise EncodeError(f"the output cannot be read again: {error.message}") from None
+        if self._duration is not None and (sound is None or abs(sound - self._duration) > 1 / self._rate):
+            problems.append(f"sound of {float(sound or 0):.3f} s instead of {float(self._duration):.3f} s")
         if not index_comes_first(self._part):
             problems.append("index behind the data")
-        audio_duration = None
-        if self._duration is not None:
-            audio_duration = inspect_audio(self._part, limits).duration
-            if audio_duration is None or abs(audio_duration - self._duration) > 1 / self._rate:
-                problems.append(f"sound of {float(audio_duration or 0):.3f} s")
         if problems:
             raise EncodeError(f"the output is not as it should be: {', '.join(problems)}")
         return OutputInfo(
-            width=source.width,
-            height=source.height,
+            *self._size,
             rate=self._rate,
             n_frames=self._n_frames,
             duration=self._n_frames / self._rate,
-            audio_duration=audio_duration,
+            audio_duration=sound,
             n_bytes=self._part.stat().st_size,
+            codec=self.codec,
         )
+
+    def _video_problems(self, container: Any, limits: MediaLimits) -> list[str]:
+        """What is wrong with the video track: all time stamps are read, the first picture is decoded."""
+        n_streams = (len(container.streams.video), len(container.streams.audio))
+        if n_streams != (1, int(self._duration is not None)):
+            return [f"{n_streams[0]} video and {n_streams[1]} audio tracks"]
+        stream, first, stamps = container.streams.video[0], None, []
+        prepare_decoder(stream, limits)
+        for packet in container.demux(stream):
+            stamps += [packet.pts] if packet.size else []
+            first = first or next(iter(decode(packet, "the output")), None)
+        if first is None or first.pts != 0 or first.is_corrupt or None in stamps:
+            return ["no sound first picture"]
+        problems, context = [], stream.codec_context
+        if (first.width, first.height) != self._size or as_fraction(stream.sample_aspect_ratio) not in {None, 1}:
+            problems.append(f"size {first.width}x{first.height}")
+        if first.format.name != "yuv420p":
+            problems.append(f"format {first.format.name}")
+        tags = (context.color_primaries, context.color_trc, context.colorspace, context.color_range)
+        wanted = (self._colour.primaries, self._colour.transfer, self._colour.matrix_code, _LIMITED_RANGE)
+        if tuple(map(int, tags)) != wanted:
+            problems.append(f"colour tags {tuple(map(int, tags))}")
+        return problems + self._clock_problems(sorted(stamps), stream)
+
+    def _clock_problems(self, stamps: list[int], stream: Any) -> list[str]:
+        """What is wrong with the time stamps, in units of the stream's time base and in order."""
+        if len(stamps) != self._n_frames:
+            return [f"{len(stamps)} pictures instead of {self._n_frames}"]
+        unit = as_fraction(stream.time_base) or Fraction(1)
+        if any(abs(stamp * unit - index / self._rate) > _CLOCK_TOLERANCE for index, stamp in enumerate(stamps)):
+            return ["time stamps"]
+        if abs((stream.duration or 0) * unit - self._n_frames / self._rate) > 1 / self._rate:
+            return [f"duration {float((stream.duration or 0) * unit):.3f} s"]
+        return []
 
 
 class _SoundTrack:
@@ -349,6 +421,9 @@ def encoder_errors() -> Iterator[None]:
             raise DiskFullError("the disk is full; the output could not be written") from None
         reason = error.strerror or type(error).__name__
         raise EncodeError(f"the output could not be encoded or written ({reason})", kind=type(error).__name__) from None
+    except (ValueError, OverflowError) as error:
+        # An encoder this build does not have, or numbers its settings cannot hold.
+        raise EncodeError("the output cannot be encoded with these settings", kind=type(error).__name__) from error
 
 
 def _sync(path: Path) -> None:
