@@ -172,7 +172,7 @@ def _size(crop: Box, aspect: Fraction | None, wanted: Resolution | None) -> tupl
     shape = aspect or Fraction(crop.width, crop.height)
     if wanted is not None and wanted.short_side is not None:
         return _from_short_side(wanted.short_side, shape)
-    if max(crop.width, crop.height) <= MAX_SIDE:
+    if aspect is None or max(crop.width, crop.height) <= MAX_SIDE:
         return crop.width, crop.height
     return (MAX_SIDE, _even(MAX_SIDE / shape)) if shape >= 1 else (_even(MAX_SIDE * shape), MAX_SIDE)
 

@@ -29,7 +29,7 @@ from musetalk.frames import UInt8Array
 from musetalk.geometry import Box
 from musetalk.models import Models, gpu_errors
 from musetalk.options import RenderOptions
-from musetalk.output_geometry import OutputPlan, plan_output
+from musetalk.output_geometry import OutputPlan, parse_request, plan_output
 from musetalk.preparing import QUEUE_DEPTH, Batches, Record, SourcePreparer
 from musetalk.streaming import BackgroundWriter
 
@@ -97,6 +97,7 @@ class RenderSession:
             raise RequestError(
                 "params.bbox_shift has no effect with MuseTalk v1.5; leave it out", field="params.bbox_shift"
             )
+        parse_request(self.options.aspect_ratio, self.options.resolution)
         self._source = media.probe_source(self._source_path, self._limits)
         self._audio = media.probe_audio(self._audio_path, self._limits)
         self._preparer = SourcePreparer(
@@ -233,7 +234,7 @@ class RenderSession:
             n_without_face=self._preparer.n_without_face,
             n_interpolated=self._preparer.n_interpolated,
             generator_s=self.generator_s,
-            encoder=self._encoder.codec,
+            encoder=info.codec,
             warnings=tuple(self._warnings),
         )
 

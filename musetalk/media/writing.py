@@ -293,13 +293,13 @@ class VideoWriter:
         try:
             with open_container(self._part, limits, "the output") as container:
                 problems = self._video_problems(container, limits)
-            if self._duration is not None:
+            if self._duration is not None and not problems:
                 sound = inspect_audio(self._part, limits).duration
+                if sound is None or abs(sound - self._duration) > 1 / self._rate:
+                    problems.append(f"sound of {float(sound or 0):.3f} s instead of {float(self._duration):.3f} s")
         except MediaError as error:
             # The file is ours: nobody's input is at fault.
             raise EncodeError(f"the output cannot be read again: {error.message}") from None
-        if self._duration is not None and (sound is None or abs(sound - self._duration) > 1 / self._rate):
-            problems.append(f"sound of {float(sound or 0):.3f} s instead of {float(self._duration):.3f} s")
         if not index_comes_first(self._part):
             problems.append("index behind the data")
         if problems:
@@ -325,7 +325,7 @@ class VideoWriter:
             stamps += [packet.pts] if packet.size else []
             first = first or next(iter(decode(packet, "the output")), None)
         if first is None or first.pts != 0 or first.is_corrupt or None in stamps:
-            return ["no sound first picture"]
+            return ["a damaged first picture"]
         problems, context = [], stream.codec_context
         if (first.width, first.height) != self._size or as_fraction(stream.sample_aspect_ratio) not in {None, 1}:
             problems.append(f"size {first.width}x{first.height}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +22,8 @@ import pytest
 from errors import DiskFullError, EncodeError, MediaError
 from musetalk import media
 from musetalk.frames import BT601_PAL, BT709, Colour, Planes
-from musetalk.media.writing import index_comes_first
+from musetalk.media import writing
+from musetalk.media.writing import encoder_errors, index_comes_first
 from tests.support import clips
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +89,15 @@ def test_ten_minutes_at_29_97_do_not_drift(tmp_path: Path) -> None:
     assert max(abs(a - b) for a, b in zip(found, times, strict=True)) < 0.001
 
 
+def read_tags(path: Path) -> tuple[int, ...]:
+    with av.open(str(path)) as container:
+        context = next(container.decode(video=0)) and container.streams.video[0].codec_context
+        assert context.profile == "High"
+        assert context.pix_fmt == "yuv420p"
+        tags = context.color_primaries, context.color_trc, context.colorspace, context.color_range
+        return tuple(int(code) for code in tags)
+
+
 @pytest.mark.parametrize("colour", [BT709, BT601_PAL], ids=["bt709", "bt601"])
 def test_tags_are_in_the_stream_and_in_the_container(tmp_path: Path, colour: Colour) -> None:
     write(tmp_path / "out.mp4", 3, colour=colour)
@@ -92,12 +105,18 @@ def test_tags_are_in_the_stream_and_in_the_container(tmp_path: Path, colour: Col
     position = data.index(b"colrnclx")
     codes = [int.from_bytes(data[position + 8 + 2 * k : position + 10 + 2 * k], "big") for k in range(3)]
     assert codes == [colour.primaries, colour.transfer, colour.matrix_code]
-    with av.open(str(tmp_path / "out.mp4")) as container:
-        context = next(container.decode(video=0)) and container.streams.video[0].codec_context
-        got = context.color_primaries, context.color_trc, context.colorspace, context.color_range
-        assert tuple(int(code) for code in got) == (colour.primaries, colour.transfer, colour.matrix_code, 1)
-        assert context.profile == "High"
-        assert context.pix_fmt == "yuv420p"
+    assert data[position + 14] == 0  # limited range
+    assert read_tags(tmp_path / "out.mp4") == (colour.primaries, colour.transfer, colour.matrix_code, 1)
+    # Without the container's copy the stream's own tags count.
+    (tmp_path / "bare.mp4").write_bytes(data.replace(b"colrnclx", b"freenclx"))
+    assert read_tags(tmp_path / "bare.mp4") == (colour.primaries, colour.transfer, colour.matrix_code, 1)
+
+
+@pytest.mark.parametrize("colour", [replace(BT709, primaries=22), replace(BT601_PAL, transfer=200)], ids=str)
+def test_tags_that_h264_does_not_carry_become_those_of_the_matrix(tmp_path: Path, colour: Colour) -> None:
+    write(tmp_path / "out.mp4", 2, colour=colour)
+    usual = BT709 if colour.matrix == "bt709" else BT601_PAL
+    assert read_tags(tmp_path / "out.mp4") == (usual.primaries, usual.transfer, usual.matrix_code, 1)
 
 
 def test_the_index_comes_first_and_nothing_of_the_machine_is_inside(tmp_path: Path) -> None:
@@ -106,9 +125,38 @@ def test_the_index_comes_first_and_nothing_of_the_machine_is_inside(tmp_path: Pa
     assert str(tmp_path).encode() not in (tmp_path / "out.mp4").read_bytes()
 
 
+def test_nothing_is_told_about_when_and_from_what_it_was_made(tmp_path: Path) -> None:
+    sound = clips.Sound(clips.tone(1.0), codec="aac")
+    tagged = clips.write_clip(tmp_path / "tagged.mkv", 25, sound=sound)
+    with av.open(str(tagged)) as source, av.open(str(tmp_path / "titled.mkv"), "w") as titled:
+        stream = source.streams.audio[0]
+        copy = titled.add_stream_from_template(stream)
+        titled.metadata.update({"title": "a secret title", "comment": "a secret comment"})
+        for packet in source.demux(stream):
+            if packet.size:
+                packet.stream = copy
+                titled.mux(packet)
+    write(tmp_path / "out.mp4", 25, audio_path=tmp_path / "titled.mkv")
+    data = (tmp_path / "out.mp4").read_bytes()
+    assert b"secret" in (tmp_path / "titled.mkv").read_bytes()
+    assert b"secret" not in data
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        found = [container.metadata, *(stream.metadata for stream in container.streams)]
+    assert {name for metadata in found for name in metadata} <= {
+        *("major_brand", "minor_version", "compatible_brands"),
+        *("language", "handler_name", "vendor_id"),
+    }
+    for kind in (b"mvhd", b"tkhd", b"mdhd"):
+        at = data.index(kind) + 8
+        assert data[at : at + 8] == bytes(8), "creation and modification time"
+
+
 @pytest.mark.parametrize(
     ("rate", "channels", "out_rate"),
-    [(48_000, 2, 48_000), (44_100, 1, 44_100), (16_000, 1, 48_000), (8_000, 1, 48_000), (48_000, 6, 48_000)],
+    [
+        *((48_000, 2, 48_000), (48_000, 6, 48_000), (44_100, 1, 44_100), (44_100, 2, 44_100)),
+        *((16_000, 1, 48_000), (16_000, 2, 48_000), (8_000, 1, 48_000)),
+    ],
 )
 def test_sound_is_where_it_was(tmp_path: Path, rate: int, channels: int, out_rate: int) -> None:
     times = [0.25, 1.0, 2.6]
@@ -132,13 +180,32 @@ def test_sound_is_where_it_was(tmp_path: Path, rate: int, channels: int, out_rat
 
 
 @pytest.mark.parametrize("seconds", ["0.1", "0.40001", "1.234", "2.04"])
-def test_odd_lengths_of_sound_are_kept(tmp_path: Path, seconds: str) -> None:
+@pytest.mark.parametrize("given", [Fraction(1, 2), Fraction(1), Fraction(2)], ids=["padded", "whole", "cut"])
+def test_odd_lengths_of_sound_are_kept_cut_or_padded(tmp_path: Path, seconds: str, given: Fraction) -> None:
     duration = Fraction(seconds)
-    audio = wav(tmp_path / "a.wav", clips.tone(float(duration), 16_000), 16_000)
+    audio = wav(tmp_path / "a.wav", clips.tone(float(duration * given), 16_000), 16_000)
     n_frames = -(-duration * 25 // 1)
     info = write(tmp_path / "out.mp4", int(n_frames), audio_path=audio, audio_duration=duration)
     assert info.audio_duration is not None
-    assert abs(info.audio_duration - duration) <= Fraction(1, 25)
+    assert abs(info.audio_duration - duration) <= Fraction(1, 48_000)
+    heard = media.read_waveform(tmp_path / "out.mp4", media.inspect_audio(tmp_path / "out.mp4", LIMITS), LIMITS)
+    assert abs(len(heard) - duration * 16_000) <= 1
+    # What was added is silence; a millisecond belongs to the coder's echo.
+    end = int(min(given, Fraction(1)) * duration * 16_000)
+    assert np.abs(heard[: end - 80]).max() > 0.4
+    if given < 1:
+        assert np.abs(heard[end + 400 :]).max() < 0.02
+
+
+def test_sound_is_heard_as_loud_as_it_was_and_without_wrapping(tmp_path: Path) -> None:
+    audio = clips.write_sound(
+        tmp_path / "a.wav", clips.Sound(clips.tone(1.0, 48_000, amplitude=1.7), codec="pcm_f32le", sample_format="flt")
+    )
+    write(tmp_path / "out.mp4", 25, audio_path=audio)
+    heard = media.read_waveform(tmp_path / "out.mp4", media.inspect_audio(tmp_path / "out.mp4", LIMITS), LIMITS)
+    # A sine cut off at full scale; wrapped numbers would jump between the extremes.
+    assert 0.9 < np.abs(heard).max() < 1.3
+    assert np.abs(np.diff(heard)).max() < 0.4
 
 
 def test_one_picture_is_a_video(tmp_path: Path) -> None:
@@ -152,6 +219,50 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
+@pytest.mark.parametrize("crf", [0, 16, 51])
+def test_any_quality_of_the_settings_is_encoded_as_high_profile(tmp_path: Path, crf: int) -> None:
+    info = write(tmp_path / "out.mp4", 3, settings=media.EncoderSettings(crf=crf))
+    assert info.n_bytes == (tmp_path / "out.mp4").stat().st_size
+    assert read_tags(tmp_path / "out.mp4") == (1, 1, 1, 1)
+
+
+def test_the_best_quality_gives_every_plane_back(tmp_path: Path) -> None:
+    noise = np.random.default_rng(3)
+    given = [
+        Planes(*(noise.integers(16, 236, shape, dtype=np.uint8) for shape in ((96, 160), (48, 80), (48, 80))))
+        for _ in range(5)
+    ]
+    with start(tmp_path / "out.mp4", settings=media.EncoderSettings(crf=0)) as writer:
+        for planes in given:
+            writer.write(planes)
+        writer.close()
+    info = media.inspect_source(tmp_path / "out.mp4", LIMITS)
+    read = [frame.planes for frame in media.read_source(tmp_path / "out.mp4", info, LIMITS)]
+    for name in ("y", "u", "v"):
+        for got, planes in zip(read, given, strict=True):
+            # The right plane, rows, columns and picture: noise has no likeness to any other.
+            assert np.abs(getattr(got, name).astype(int) - getattr(planes, name)).max() <= 6
+
+
+def test_frames_may_come_from_another_thread_and_from_any_memory(tmp_path: Path) -> None:
+    wide = picture(3, (320, 192))
+    part = Planes(wide.y[:96, 160:], wide.u[:48, 80:], wide.v[:48, 80:])
+    writer = start(tmp_path / "out.mp4", 5)
+
+    def encode() -> None:
+        for _ in range(5):
+            writer.write(part)
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    thread.join()
+    assert not (tmp_path / "out.mp4").exists()
+    assert writer.close().n_frames == 5
+    info = media.inspect_source(tmp_path / "out.mp4", LIMITS)
+    for frame in media.read_source(tmp_path / "out.mp4", info, LIMITS):
+        assert clips.luma_psnr(frame.planes, part) > 40
+
+
 def test_a_fresh_encode_is_close_to_what_was_given(tmp_path: Path) -> None:
     write(tmp_path / "out.mp4", 10)
     info = media.inspect_source(tmp_path / "out.mp4", LIMITS)
@@ -159,17 +270,10 @@ def test_a_fresh_encode_is_close_to_what_was_given(tmp_path: Path) -> None:
         assert clips.luma_psnr(frame.planes, picture(frame.index)) > 40
 
 
-def start(path: Path, n_frames: int = 5) -> media.VideoWriter:
-    return media.VideoWriter(
-        path,
-        width=SIZE[0],
-        height=SIZE[1],
-        rate=Fraction(25),
-        colour=BT709,
-        n_frames=n_frames,
-        audio_path=None,
-        audio_duration=Fraction(1),
-    )
+def start(path: Path, n_frames: int = 5, **options: Any) -> media.VideoWriter:
+    wanted: dict[str, Any] = {"width": SIZE[0], "height": SIZE[1], "rate": Fraction(25), "colour": BT709}
+    wanted.update(n_frames=n_frames, audio_path=None, audio_duration=Fraction(1), **options)
+    return media.VideoWriter(path, **wanted)
 
 
 def test_too_few_too_many_and_wrong_pictures_are_refused(tmp_path: Path) -> None:
@@ -181,9 +285,50 @@ def test_too_few_too_many_and_wrong_pictures_are_refused(tmp_path: Path) -> None
         writer.write(picture(0))
         with pytest.raises(EncodeError, match="more than"):
             writer.write(picture(1))
-    with start(tmp_path / "wrong.mp4") as writer, pytest.raises(EncodeError, match="64x64"):
-        writer.write(picture(0, (64, 64)))
+    with start(tmp_path / "wrong.mp4") as writer:
+        with pytest.raises(EncodeError, match="64x64"):
+            writer.write(picture(0, (64, 64)))
+        with pytest.raises(EncodeError, match="160x96"):
+            writer.write(replace(picture(0), u=np.zeros((96, 160), np.uint8)))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"width": 161}, {"height": 0}, {"n_frames": 0}, {"rate": Fraction(0)}, {"rate": Fraction(10**12, 7)}]
+)
+def test_what_cannot_be_encoded_is_said_at_once(tmp_path: Path, options: dict[str, Any]) -> None:
+    wanted = {"n_frames": 5, **options}
+    with pytest.raises(EncodeError, match="cannot be encoded"):
+        start(tmp_path / "out.mp4", **{"n_frames": 5, **wanted})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("settings", [media.EncoderSettings(codec="none"), media.EncoderSettings(preset="none")])
+def test_settings_that_no_encoder_knows_are_the_workers_fault(tmp_path: Path, settings: media.EncoderSettings) -> None:
+    with pytest.raises(EncodeError):
+        start(tmp_path / "out.mp4", settings=settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_ended_takes_nothing_more(tmp_path: Path) -> None:
+    with start(tmp_path / "out.mp4", 1) as writer:
+        writer.write(picture(0))
+        writer.close()
+        with pytest.raises(EncodeError, match="closed"):
+            writer.write(picture(1))
+        with pytest.raises(EncodeError, match="closed"):
+            writer.close()
+    assert clips.decode_numbers(tmp_path / "out.mp4") == [0]
+
+
+def test_a_name_that_cannot_be_taken_is_told_without_its_path(tmp_path: Path) -> None:
+    (tmp_path / "out.mp4").mkdir()
+    with start(tmp_path / "out.mp4", 1) as writer:
+        writer.write(picture(0))
+        with pytest.raises(EncodeError) as caught:
+            writer.close()
+    assert str(tmp_path) not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
 
 def test_leaving_early_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
@@ -208,30 +353,109 @@ def test_a_folder_that_is_not_there_is_told_without_its_path(tmp_path: Path) -> 
     assert str(tmp_path) not in str(caught.value)
 
 
-def limited_child(folder: str) -> int:
-    """In a process of its own: write under a file-size limit, the stand-in for a full disk."""
+def limited_child(folder: str, n_bytes: int) -> str:
+    """In a process of its own: write under a file-size limit, the stand-in for a full disk; the error's name."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:
-        with start(Path(folder) / "out.mp4", 200) as writer:
-            noise = np.random.default_rng(0)
-            for _ in range(200):
-                plane = noise.integers(16, 235, (96, 160), dtype=np.uint8)
-                writer.write(replace(picture(0), y=plane))
-            writer.close()
-    except DiskFullError:
-        return 7
-    return 1
+        write(Path(folder) / "out.mp4", 25, audio_path=Path(folder) / "a.wav")
+    except Exception as error:
+        return type(error).__name__
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    return "written"
 
 
-def test_a_full_disk_has_its_own_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_has_its_own_error_and_leaves_nothing_wherever_it_strikes(tmp_path: Path) -> None:
+    wav(tmp_path / "a.wav", clips.tone(1.0, 16_000), 16_000)
+    size = write(tmp_path / "whole.mp4", 25, audio_path=tmp_path / "a.wav").n_bytes
+    # From the first byte over the middle to the last steps of moving the index to the front.
+    limits = [1, 1000, size // 2, size - 3000, size - 100, size - 1, size]
     program = (
-        f"import sys; from tests.unit.test_media_writing import limited_child as run; sys.exit(run({str(tmp_path)!r}))"
+        "from tests.unit.test_media_writing import limited_child as run\n"
+        f"for limit in {limits!r}: print(run({str(tmp_path)!r}, limit))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, check=False, capture_output=True)
-    assert done.returncode == 7, done.stderr.decode()
-    assert list(tmp_path.iterdir()) == []
+    assert done.stdout.decode().split() == ["DiskFullError"] * 6 + ["written"], done.stderr.decode()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "out.mp4", "whole.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(errno.ENOSPC, DiskFullError), (errno.EDQUOT, DiskFullError), (errno.EIO, EncodeError)],
+)
+def test_errors_of_the_disk_are_told_apart_without_a_path(number: int, expected: type[Exception]) -> None:
+    for error in (OSError(number, os.strerror(number), "/secret/place"), av.error.FFmpegError(number, "x", "/secret")):
+        with pytest.raises(expected) as caught, encoder_errors():
+            raise error
+        assert "secret" not in str(caught.value)
+
+
+def swapped(**options: Any) -> Callable[[Path], None]:
+    """Puts another finished file in the place of the one to be checked."""
+
+    def spoil(path: Path) -> None:
+        other = path.with_name("other.mp4")
+        audio = (
+            wav(path.with_name("other.wav"), clips.tone(2.0, 16_000), 16_000) if options.get("sound", True) else None
+        )
+        settings = {key: value for key, value in options.items() if key != "sound"}
+        write(other, **{"n_frames": 25, "audio_path": audio, **settings})
+        other.replace(path)
+
+    return spoil
+
+
+def late_index(path: Path) -> None:
+    data = path.read_bytes()
+    moov = data.index(b"moov") - 4
+    mdat = data.index(b"mdat") - 4
+    # Padding of the same length keeps the data where the index says.
+    padding = (mdat - moov).to_bytes(4, "big") + b"free" + bytes(mdat - moov - 8)
+    path.write_bytes(data[:moov] + padding + data[mdat:] + data[moov:mdat])
+
+
+SPOILERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "empty": (lambda path: path.write_bytes(b""), "read again"),
+    "no video": (lambda path: path.write_bytes(b"text" * 5000), "read again"),
+    "cut short": (lambda path: clips.cut(path, 0.5), "pictures instead of 25"),
+    "first picture gone": (lambda path: clips.damage(path, 4000, start=0, end=0.5), "damaged first picture|read again"),
+    "index at the end": (late_index, "index behind"),
+    "fewer pictures": (swapped(n_frames=24), "24 pictures"),
+    "another size": (swapped(size=(96, 160)), "size 96x160"),
+    "another rate": (swapped(rate=Fraction(30)), "time stamps"),
+    "another colour": (swapped(colour=BT601_PAL), "colour tags"),
+    "other primaries": (swapped(colour=replace(BT709, primaries=9)), "colour tags"),
+    "no sound": (swapped(sound=False), "0 audio tracks"),
+    "short sound": (swapped(audio_duration=Fraction(9, 10)), "sound of 0.900 s"),
+    "long sound": (swapped(audio_duration=Fraction(11, 10)), "sound of 1.100 s"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILERS)
+def test_a_file_that_is_not_what_was_meant_gets_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    spoil, complaint = SPOILERS[name]
+    folder = tmp_path / "job"
+    folder.mkdir()
+    audio = wav(tmp_path / "a.wav", clips.tone(1.0, 16_000), 16_000)
+    sync = writing._sync
+
+    def sync_and_spoil(path: Path) -> None:
+        sync(path)
+        if path.parent == folder:
+            moved = path.replace(tmp_path / "spoiled")
+            spoil(moved)
+            moved.replace(path)
+
+    monkeypatch.setattr(writing, "_sync", sync_and_spoil)
+    with pytest.raises(EncodeError, match=complaint) as caught:
+        write(folder / "out.mp4", 25, audio_path=audio)
+    assert str(tmp_path) not in str(caught.value)
+    assert list(folder.iterdir()) == []
 
 
 def test_the_encoder_is_chosen_by_trying_it() -> None:
@@ -241,3 +465,12 @@ def test_the_encoder_is_chosen_by_trying_it() -> None:
     assert (settings.codec == "h264_nvenc") == (reason is None)
     if reason is not None:
         assert "h264_nvenc" in reason
+    with pytest.raises(ValueError, match="mpeg2"):
+        media.choose_encoder("mpeg2")
+
+
+def test_a_picture_the_hardware_does_not_take_is_encoded_in_software(tmp_path: Path) -> None:
+    # Smaller than any NVENC accepts, and without a GPU it accepts nothing.
+    info = write(tmp_path / "out.mp4", 5, size=(64, 32), settings=media.EncoderSettings(codec="h264_nvenc"))
+    assert info.codec == "libx264"
+    assert clips.decode_numbers(tmp_path / "out.mp4") == list(range(5))
