@@ -8,17 +8,23 @@ from pathlib import Path
 import psutil
 import pytest
 
+from config import load_settings
 from jobs import JobParams, Stage
 from musetalk.geometry import ping_pong_index
 from musetalk_core import Core
 from tests.e2e.test_render import durations_of, frames_of, make_audio, make_source
 from tests.support import clips
+from tests.support.tiny_models import write_tiny_models
 
 RATE = Fraction(30000, 1001)
 
 
 @pytest.mark.slow
-def test_ten_minutes_stay_in_step_and_in_flat_memory(core: Core, tmp_path: Path) -> None:
+def test_ten_minutes_stay_in_step_and_in_flat_memory(tmp_path: Path) -> None:
+    models_dir = write_tiny_models(tmp_path / "models", crop_px=64)
+    settings = {"MUSETALK_MODELS_DIR": str(models_dir), "MUSETALK_DEVICE": "cpu", "MUSETALK_CPU_THREADS": "1"}
+    core = Core(load_settings({**settings, "FRAME_MEMORY_MB": "16"}, env_file=None))
+    core.load()
     source = make_source(tmp_path / "source.mp4", 600, RATE, size=(96, 128))
     audio = make_audio(tmp_path / "a.wav", 600)
     process, resident = psutil.Process(), []

@@ -85,8 +85,13 @@ EXTRACTOR_CONFIG: dict[str, Any] = {
 _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-def write_tiny_models(models_dir: Path, version: str = "v15", *, seed: int = 0, as_safetensors: bool = False) -> Path:
-    """Write all files of `version` under `models_dir` and return it; `as_safetensors` writes the converted forms."""
+def write_tiny_models(
+    models_dir: Path, version: str = "v15", *, seed: int = 0, as_safetensors: bool = False, crop_px: int = 256
+) -> Path:
+    """Write all files of `version` under `models_dir` and return it; `as_safetensors` writes the converted forms.
+
+    A smaller `crop_px` than MuseTalk's makes long runs affordable.
+    """
     folder = "musetalkV15" if version == "v15" else "musetalk"
     unet = UNet2DConditionModel(**{key: value for key, value in UNET_CONFIG.items() if key[0] != "_"})
     name = "unet.pth" if version == "v15" else "pytorch_model.bin"
@@ -96,7 +101,7 @@ def write_tiny_models(models_dir: Path, version: str = "v15", *, seed: int = 0, 
     vae = AutoencoderKL(**{key: value for key, value in VAE_CONFIG.items() if key[0] != "_"})
     vae_state = seeded_state(vae, seed + 1)
     _save(models_dir / "sd-vae/diffusion_pytorch_model.bin", old_vae_keys(vae_state), as_safetensors)
-    _write_json(models_dir / "sd-vae/config.json", VAE_CONFIG)
+    _write_json(models_dir / "sd-vae/config.json", {**VAE_CONFIG, "sample_size": crop_px})
 
     encoder = WhisperEncoder(WhisperConfig(**{k: v for k, v in WHISPER_CONFIG.items() if k != "torch_dtype"}))
     whisper = {f"model.encoder.{key}": value for key, value in seeded_state(encoder, seed + 2).items()}
