@@ -225,9 +225,9 @@ class VideoWriter:
             raise EncodeError(f"a picture of {planes.width}x{planes.height} px in a video of {width}x{height} px")
         if self._n_written >= self._n_frames:
             raise EncodeError(f"more than the {self._n_frames} pictures that were announced")
-        frame = planes_frame(planes, self._colour)
-        frame.pts, frame.time_base = self._n_written, 1 / self._rate
         with encoder_errors():
+            frame = planes_frame(planes, self._colour)
+            frame.pts, frame.time_base = self._n_written, 1 / self._rate
             if self._sound is not None:
                 self._sound.write_until(self._n_written / self._rate + _AUDIO_LEAD_S)
             for packet in self._video.encode(frame):
