@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import pickle
 import struct
 import zipfile
@@ -99,6 +100,9 @@ _ALSO: dict[str, tuple[str, ...]] = {
     "musetalkV15/unet.pth": ("musetalkV15/diffusion_pytorch_model.safetensors",),
     "musetalk/pytorch_model.bin": ("musetalk/diffusion_pytorch_model.safetensors",),
 }
+
+# Characters of a library's message that are passed on: room for the keys that do not fit a network.
+_MESSAGE_LIMIT = 600
 
 # What torch's readers raise on bytes that are no checkpoint, or that end within one.
 _UNREADABLE = (
@@ -223,7 +227,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     One level of wrapping (`state_dict`, `model`, `unet`) is taken off and a common prefix `module.` or `unet.` removed.
     Nothing stored in the file is executed: tensors are read, every other object becomes an inert stub.
-    Raises WeightsError for a missing, cut, foreign or non-finite file.
+    Raises WeightsError for a missing, cut or foreign file, and for tensors that are not plain finite numbers.
     """
     if not path.is_file():
         raise _broken(path, "is missing")
@@ -232,7 +236,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     state = _unwrapped(raw)
     if not state:
         raise _broken(path, "holds no tensors")
-    _refuse_non_finite(path, state)
+    _refuse_unusable(path, state)
     return state
 
 
@@ -300,7 +304,7 @@ def _cause(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
+    return text[0][:_MESSAGE_LIMIT] if text else type(error).__name__
 
 
 def _unwrapped(raw: object) -> dict[str, Tensor]:
@@ -318,13 +322,23 @@ def _unwrapped(raw: object) -> dict[str, Tensor]:
     return state
 
 
-def _refuse_non_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+def _refuse_unusable(path: Path, state: Mapping[str, Tensor]) -> None:
+    n_bytes = path.stat().st_size
     for key, value in state.items():
-        # One pass without a mask: a sum is NaN or infinite exactly when the values are, or when they overflow it.
-        if value.is_floating_point() and not torch.isfinite(
-            value.float().abs().max() if value.numel() else value.sum()
-        ):
+        plain = value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.is_quantized or value.is_nested or value.is_complex():
+            raise _broken(path, f"holds something other than plain numbers (in {key})")
+        if value.numel() * value.element_size() > n_bytes:
+            # One stored number may be declared to fill any shape; copying that would fill the memory.
+            raise _broken(path, f"declares a tensor that is larger than the file (in {key})")
+        if value.is_floating_point() and value.numel() and not _is_finite(value):
             raise _broken(path, f"holds values that are not finite (in {key})")
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all values are finite as float32: one pass without a copy, NaN comes out as both extremes."""
+    least, greatest = torch.aminmax(values if values.element_size() > 1 else values.float())
+    return math.isfinite(least.float().item()) and math.isfinite(greatest.float().item())
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
+from musetalk.networks.matching import load_matching
+
 N_KEYPOINTS = 133
 INPUT_WIDTH, INPUT_HEIGHT = 288, 384
 # SimCC gives two bins per input pixel.
@@ -223,14 +225,12 @@ class RtmPose(nn.Module):
 def rtmpose_from_state(state: Mapping[str, Tensor]) -> RtmPose:
     """The network that `state` belongs to, loaded and set to inference; its width is read from the tensors.
 
-    Raises ValueError when keys or shapes are not those of an RTMPose-l whole-body network.
+    Tensors it does not have are left out. Raises ValueError when one is missing or of another shape.
     """
     stem = state.get("backbone.stem.2.conv.weight")
     if stem is None or stem.ndim != 4 or len(stem) == 0:
         raise ValueError("not an RTMPose network: 'backbone.stem.2.conv.weight' is missing or no convolution")
     network = RtmPose(len(stem) / 64)
-    try:
-        network.load_state_dict(dict(state), strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"not an RTMPose network: {error}") from None
+    # Upstream loads this checkpoint non-strictly, and what distillation left in it beside the network is not known.
+    load_matching(network, state, "an RTMPose network", ignore_unexpected=True)
     return network.eval()

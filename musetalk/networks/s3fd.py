@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
+from musetalk.networks.matching import load_matching
+
 
 class L2Norm(nn.Module):
     """Each pixel's channels scaled to unit length, then by a learned weight per channel."""
@@ -94,8 +96,5 @@ def s3fd_from_state(state: Mapping[str, Tensor]) -> S3fd:
     if first is None or first.ndim != 4 or len(first) == 0:
         raise ValueError("not an S3FD face detector: 'conv1_1.weight' is missing or no convolution")
     network = S3fd(len(first))
-    try:
-        network.load_state_dict(dict(state), strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"not an S3FD face detector: {error}") from None
+    load_matching(network, state, "an S3FD face detector")
     return network.eval()

@@ -119,6 +119,8 @@ def check_rtmpose(path: Path) -> None:
     plain_x, plain_y = network(batch)
     assert relative(every(plain_x[0].numpy(), data["simcc_x0"]), data["simcc_x0"]) < 1e-3
     assert relative(every(plain_y[0].numpy(), data["simcc_y0"]), data["simcc_y0"]) < 1e-3
+    mirrored = network.backbone(batch.flip(3))[0].numpy()
+    assert relative(every(mirrored, data["feat_flip_sub"]), data["feat_flip_sub"]) < 1e-3
     mirrored_x, mirrored_y = network(batch.flip(3))
     assert relative(every(mirrored_x[0].numpy(), data["simcc_x1"]), data["simcc_x1"]) < 1e-3
     assert relative(every(mirrored_y[0].numpy(), data["simcc_y1"]), data["simcc_y1"]) < 1e-3

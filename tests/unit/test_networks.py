@@ -93,19 +93,46 @@ def test_a_state_of_another_network_is_refused(name: str) -> None:
 
 
 @every_kind
-def test_a_missing_an_unknown_and_a_misshapen_tensor_are_refused(name: str) -> None:
+def test_a_missing_and_a_misshapen_tensor_are_refused_by_name(name: str) -> None:
     kind = KINDS[name]
     state = state_of(name, kind.widths[0])
-    last = list(state)[-1]
+    last = next(key for key in reversed(state) if not key.endswith("num_batches_tracked"))
     without = {key: value for key, value in state.items() if key != last}
+    wider = torch.zeros(3 * kind.widths[0], *state[kind.first].shape[1:])
+    count = f"of {len(state)} tensors"
     for wrong, told in (
-        (without, "Missing key"),
-        ({**state, "extra.weight": torch.ones(1)}, "Unexpected key"),
-        ({**state, last: torch.ones(1, 2, 3)}, "size mismatch"),
-        ({**state, kind.first: torch.zeros(3 * kind.widths[0], *state[kind.first].shape[1:])}, "size mismatch"),
+        (without, rf"{count} 1 missing \({last}\)"),
+        ({**state, last: torch.ones(1, 2, 3)}, rf"{count} 1 of another shape \({last}\)"),
+        ({**without, kind.first: wider}, rf"{count} 1 missing \({last}\), \d+ of another shape \(.+, …\)"),
     ):
-        with pytest.raises(ValueError, match=f"(?s)^not an? .*{told}.*"):
+        with pytest.raises(ValueError, match=rf"^not an? [^:]+: {told}$"):
             kind.from_state(wrong)
+
+
+@pytest.mark.parametrize("name", ["bisenet", "s3fd"])
+def test_an_unknown_tensor_is_refused_by_name(name: str) -> None:
+    kind = KINDS[name]
+    state = {**state_of(name, kind.widths[0]), **{f"extra{index}.weight": torch.ones(1) for index in range(5)}}
+    with pytest.raises(ValueError, match=r"5 unexpected \(extra0.weight, extra1.weight, extra2.weight, …\)$"):
+        kind.from_state(state)
+
+
+def test_a_pose_checkpoint_may_hold_more_than_the_network() -> None:
+    state = state_of("rtmpose", 4)
+    more = {"data_preprocessor.mean": torch.ones(3), "head.down.weight": torch.ones(2, 2), **state}
+    own = KINDS["rtmpose"].from_state(more).state_dict()
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("name", ["bisenet", "rtmpose"])
+def test_a_checkpoint_without_counters_of_training_steps_is_loaded(name: str) -> None:
+    state = state_of(name, KINDS[name].widths[0])
+    bare = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    assert len(bare) < len(state)
+    own = KINDS[name].from_state(bare).state_dict()
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[key], bare[key]) for key in bare)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3, 3, 3)])
@@ -145,15 +172,26 @@ def test_pictures_of_a_batch_do_not_touch_each_other(name: str) -> None:
         assert difference(got[1:], wanted[1:]) > 1e-3
 
 
+# Shares of the largest value. Rounding is amplified by narrow random layers, and by how much depends on the picture:
+# float16 has twice the worst of five batches (0.012, 0.016, 0.004). bfloat16 is for the batch of the test alone
+# (0.14, 0.04, 0.02); other pictures gave up to 0.32 in the pose network.
+HALF_LIMITS = {
+    torch.float16: {"bisenet": 0.025, "rtmpose": 0.035, "s3fd": 0.01},
+    torch.bfloat16: {"bisenet": 0.2, "rtmpose": 0.05, "s3fd": 0.05},
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_kind
-def test_half_precision_stays_close(name: str) -> None:
+def test_half_precision_stays_close(name: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
     batch = pictures(2, *KINDS[name].size)
     wanted = outputs(loaded(name), batch)
-    got = outputs(loaded(name, torch.bfloat16), batch.bfloat16())
+    network = loaded(name, dtype).to(memory_format=layout)  # type: ignore[call-overload]
+    got = outputs(network, batch.to(dtype).contiguous(memory_format=layout))
     for half, full in zip(got, wanted, strict=True):
-        assert half.dtype == torch.bfloat16
-        # Measured: 0.14 of the largest score for the parser, whose deep random layers amplify; 0.03 for the others.
-        assert difference(half, full) < (0.2 if name == "bisenet" else 0.05)
+        assert half.dtype == dtype
+        assert difference(half, full) < HALF_LIMITS[dtype][name]
 
 
 def test_the_norms_survive_values_whose_squares_leave_half_precision() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import io
 import json
 import os
 import pickle
 import random
 import sys
+import tarfile
 import types
 import zipfile
 from collections import OrderedDict
@@ -401,6 +403,45 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float, dt
     assert "holds values that are not finite (in late.bias)" in str(error)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float16, torch.bfloat16])
+def test_finite_values_of_any_precision_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {"a": torch.linspace(-200, 200, 77).to(dtype), "empty": torch.zeros(0, dtype=dtype)}
+    torch.save(state, tmp_path / "unet.pth")
+    assert weights.read_state(tmp_path / "unet.pth")["a"].dtype == dtype
+
+
+def test_values_beyond_single_precision_are_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.tensor([0.0, -1e300], dtype=torch.float64)}, tmp_path / "unet.pth")
+    assert "not finite (in a)" in str(refusal(lambda: weights.read_state(tmp_path / "unet.pth"), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (torch.eye(3).to_sparse(), "something other than plain numbers"),
+        (torch.ones(3, device="meta"), "something other than plain numbers"),
+        (torch.ones(3, dtype=torch.complex64), "something other than plain numbers"),
+        (torch.ones(1).expand(10**13), "larger than the file"),
+    ],
+    ids=["sparse", "meta", "complex", "expanded"],
+)
+def test_tensors_no_network_can_take_are_refused(tmp_path: Path, value: Tensor, told: str) -> None:
+    torch.save({**STATE, "late.bias": value}, tmp_path / "unet.pth")
+    error = refusal(lambda: weights.read_state(tmp_path / "unet.pth"), tmp_path)
+    assert f"{told} (in late.bias)" in str(error)
+
+
+def test_a_checkpoint_in_the_oldest_format_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "resnet18-5c106cde.pth"
+    with tarfile.open(path, "w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            content = pickle.dumps({}, 2)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    assert "legacy .tar format" in str(refusal(lambda: weights.read_state(path), tmp_path))
+
+
 # -- hostile files ----------------------------------------------------------------------------------------------------
 
 
@@ -610,6 +651,20 @@ def test_a_checkpoint_of_another_network_is_told(models: Path) -> None:
     state = weights.read_state(models / "s3fd-619a316812.pth")
     message = str(refusal_of_loading(nn.Linear(3, 2), state))
     assert f"2 missing (bias, weight), {len(state)} unexpected (conv1_1.bias, " in message
+
+
+def test_a_face_file_that_does_not_fit_names_the_first_keys(models: Path) -> None:
+    state = weights.read_state(models / "dwpose/dw-ll_ucoco_384.pth")
+    lost = [key for key in state if key.startswith("backbone.stage3.1.blocks.") and key.endswith(".running_mean")]
+    for key in lost:
+        del state[key]
+
+    def load() -> None:
+        with weights.loading("dw-ll_ucoco_384.pth"):
+            rtmpose_from_state(state)
+
+    message = str(refusal(load))
+    assert f"{len(lost)} missing ({', '.join(sorted(lost)[:3])}, …)); expected 406,878,486 bytes" in message
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError])
