@@ -1,50 +1,87 @@
-"""The HTTP front door: `/hc`, `/generate`, `/outputs/<name>`, one error handler. Knows no torch, no storage, no media.
+"""The HTTP front door: health, jobs, finished files, metrics, the API's document; who may call; one error handler.
 
-Gunicorn calls `create_app()`; `python app.py` runs the same app for a quick local test.
+Gunicorn calls `create_app()`; `python app.py` runs the same app for a quick local test. Knows no torch, no storage, no
+media.
 """
 
 from __future__ import annotations
 
+import hmac
+import ipaddress
 import json
 import math
 import sys
 from contextlib import closing
 from typing import Any
+from urllib.parse import urlsplit
 
-from flask import Flask, Response, jsonify, request, send_from_directory
-from werkzeug.exceptions import HTTPException
+from flask import Flask, Response, current_app, jsonify, request, send_from_directory
+from werkzeug.exceptions import Forbidden, HTTPException, NotFound, RequestEntityTooLarge, Unauthorized
 
-from config import load_settings
+import openapi
+from config import bind_addresses, load_settings
 from errors import MuseTalkError, RequestError, UnavailableError
 from jobs import Job, JobResult, error_body, parse_job, result_body
+from musetalk import __version__
 from musetalk_core import Core, shared_core
 from orchestrator import Orchestrator, ProgressSender, completed_update, failed_update, orchestrator_settings
 from telemetry import logger
-
-# A job is a few addresses and numbers; a larger body is a mistake or an attack.
-MAX_BODY_BYTES = 1_000_000
 
 
 def create_app(core: Core | None = None) -> Flask:
     """The app around `core`; without one, around the process's own, which starts loading its models."""
     core = core or shared_core()
     app = Flask("musetalk-worker", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
+    app.config["MAX_CONTENT_LENGTH"] = core.settings.max_body_bytes
     app.extensions["core"] = core
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.add_url_rule("/hc", view_func=health, methods=["GET"])
     app.add_url_rule("/generate", view_func=generate, methods=["POST"])
+    app.add_url_rule("/generate/<job_id>", view_func=cancel, methods=["DELETE"])
     app.add_url_rule("/outputs/<name>", view_func=output, methods=["GET"])
+    app.add_url_rule("/metrics", view_func=metrics, methods=["GET"])
+    app.add_url_rule("/openapi.json", view_func=openapi_document, methods=["GET"])
+    app.before_request(check_caller)
     app.register_error_handler(Exception, answer_error)
     return app
 
 
 def _core() -> Core:
-    from flask import current_app
-
     core = current_app.extensions["core"]
     assert isinstance(core, Core)
     return core
+
+
+# Probes of the platform come from outside and cannot carry a key.
+_OPEN_TO_ALL = {"health"}
+
+
+def check_caller() -> None:
+    """Callers on this machine pass; others need the key when there is one. Pages of other sites are refused.
+
+    A request that a proxy on this machine passed on is not from this machine. A browser adds Origin to what a page
+    sends, and a page of any site can send a POST to localhost.
+    """
+    origin = request.headers.get("Origin")
+    if origin is not None and urlsplit(origin).netloc != request.host:
+        raise Forbidden
+    key = _core().settings.internal_api_key
+    if request.endpoint in _OPEN_TO_ALL or not key or _is_local():
+        return
+    given = request.headers.get("X-Internal-API-Key", "")
+    if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode()):
+        raise Unauthorized
+
+
+def _is_local() -> bool:
+    if any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP")):
+        return False
+    try:
+        address = ipaddress.ip_address((request.remote_addr or "").split("%", 1)[0])
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
 
 
 def health() -> tuple[Response, int]:
@@ -77,7 +114,7 @@ def _run_with_progress(core: Core, job: Job) -> JobResult:
     refusal because of another job is not this job's end and is not told.
     """
     with closing(Orchestrator(orchestrator_settings(core.settings))) as orchestrator:
-        sender = ProgressSender(orchestrator, job.job_id)
+        sender = ProgressSender(orchestrator, job.job_id, on_cancel=core.cancel)
         try:
             result = core.run_job(job, on_progress=sender)
         except UnavailableError:
@@ -92,8 +129,12 @@ def _run_with_progress(core: Core, job: Job) -> JobResult:
 
 def _json_body() -> object:
     """The body as JSON, whatever the content type says; raises RequestError for anything that is not JSON."""
+    data = request.get_data(cache=False)
+    # A body without a length is cut at the limit without a word.
+    if request.content_length is None and len(data) >= _core().settings.max_body_bytes:
+        raise RequestEntityTooLarge
     try:
-        return json.loads(request.get_data(cache=False), parse_constant=_refuse_constant, parse_float=_finite_float)
+        return json.loads(data, parse_constant=_refuse_constant, parse_float=_finite_float)
     except (ValueError, RecursionError):
         raise RequestError("the body must be JSON", field="body") from None
 
@@ -107,6 +148,23 @@ def _finite_float(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError("the number is too large")
     return number
+
+
+def cancel(job_id: str) -> tuple[Response, int]:
+    """Stop the running job that has this id; 202 when it does run here, 404 otherwise."""
+    if not _core().cancel(job_id):
+        raise NotFound
+    return jsonify({"status": "cancelling", "musetalk_job_id": job_id}), 202
+
+
+def metrics() -> Response:
+    """The metrics in Prometheus' text format."""
+    return Response(_core().metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def openapi_document() -> Response:
+    """What this server speaks."""
+    return jsonify(openapi.document(__version__))
 
 
 def output(name: str) -> Response:
@@ -152,8 +210,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     app = create_app()
+    host = "0.0.0.0" if bind_addresses(settings.host, 0)[0].startswith("0.0.0.0") else settings.host  # noqa: S104
     print(f"http://localhost:{settings.port}/hc says when the models are loaded", file=sys.stderr)
-    app.run(host=settings.host, port=settings.port, threaded=True)
+    app.run(host=host, port=settings.port, threaded=True)
     return 0
 
 

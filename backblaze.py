@@ -47,7 +47,7 @@ from connections import CutSwitch, describe, switched
 from errors import CancelledError, DeadlineError, ProcessingError, StorageError
 from storage import B2Settings, StoredObject, TimeLimit, object_name, sha1_of, sidecar_bytes
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("musetalk.backblaze")
 # Below warnings b2sdk writes its calls with their arguments, tokens among them, and whole answers of the server.
 logging.getLogger("b2sdk").setLevel(logging.CRITICAL)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -99,9 +100,10 @@ class Variable:
 
 VARIABLES: tuple[Variable, ...] = (
     # HTTP server
-    Variable("WORKER_HOST", "host", _text, "Address the HTTP server listens on.", "0.0.0.0"),  # noqa: S104 - a container's port must be reachable
+    Variable("WORKER_HOST", "host", _text, "Address the HTTP server listens on; `::` is every IPv4 and IPv6 address of the machine.", "::"),
     Variable("WORKER_PORT", "port", _whole(1, 65535), "Port of the HTTP server.", "8000"),
-    Variable("GRACEFUL_TIMEOUT_SEC", "graceful_timeout_s", _seconds(1, 3600), "Time a running job gets to finish after SIGTERM.", "120"),
+    Variable("GRACEFUL_TIMEOUT_SEC", "graceful_timeout_s", _seconds(1, 3600), "Time from SIGTERM to the end of the process; ten seconds before it a running job is handed back as retryable.", "120"),
+    Variable("MAX_BODY_BYTES", "max_body_bytes", _whole(1024, 2**30), "Largest body of a request.", "1000000"),
     # Model
     Variable("MUSETALK_MODEL", "model", _choice("auto", "v15", "v1"), "Which weights to run; `auto` takes v1.5, else v1.0, whichever is there.", "auto"),
     Variable("MUSETALK_MODELS_DIR", "models_dir", _path, "Folder with the official `models/` layout.", "models"),
@@ -110,6 +112,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MUSETALK_DEVICE", "device", _choice("auto", "cpu", "cuda"), "Where the networks run; `auto` takes the GPU when there is one.", "auto"),
     Variable("MUSETALK_DTYPE", "dtype", _choice("auto", "float32", "float16", "bfloat16"), "Precision of the networks; `auto` is float16 on a GPU, float32 on a CPU.", "auto"),
     Variable("MUSETALK_CPU_THREADS", "cpu_threads", _whole(0, 256), "Threads of tensor work on the CPU; 0 chooses one on a GPU, all cores without.", "0"),
+    Variable("MIN_GPU_MEMORY_MB", "min_gpu_memory_mb", _whole(0, 10_000_000), "GPU memory that must be free at start; 0 does not check.", "4096"),
     Variable("BATCH_SIZE", "batch_size", _whole(1, 256), "Output frames computed in one pass of the networks.", "8"),
     # Media
     Variable("OUTPUT_GEOMETRY", "output_geometry", _choice("source", "request"), "`source` keeps the source's size; `request` honours a job's aspect_ratio and resolution.", "source"),
@@ -123,6 +126,10 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MAX_SOURCE_SIDE_PX", "max_source_side", _whole(64, 16384), "Longest side of a source picture.", "3840"),
     Variable("FRAME_MEMORY_MB", "frame_memory_mb", _whole(16, 1_048_576), "Memory for source frames kept for the backwards leg; beyond it they go to a scratch file.", "512"),
     Variable("SCRATCH_DISK_MB", "scratch_disk_mb", _whole(0, 16_777_216), "Disk for that scratch file.", "16384"),
+    # Limits of a job
+    Variable("JOB_TIMEOUT_SEC", "job_timeout_s", _seconds(1, 604_800), "Limit for one whole job; it then fails as retryable.", "3600"),
+    Variable("INFERENCE_TIMEOUT_SEC", "inference_timeout_s", _seconds(1, 604_800), "Limit for each of the stages preprocessing, inference and postprocessing.", "1800"),
+    Variable("MIN_FREE_DISK_MB", "min_free_disk_mb", _whole(0, 2**40), "Disk that must be free in WORK_DIR and OUTPUT_DIR at start, and in WORK_DIR before each job.", "1024"),
     # Where files come from and go to
     Variable("ALLOW_FILE_URLS", "allow_file_urls", _flag, "1 lets a job name local files as `file:` addresses (tests, closed machines).", "0"),
     Variable("FILE_URL_ROOTS", "file_url_roots", _paths, "Folders (separated by `:`) that `file:` addresses may lie in; needed with ALLOW_FILE_URLS.", ""),
@@ -144,15 +151,20 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("BUFFER_WORKER_ID", "buffer_worker_id", _text, "Name of this worker; being set selects buffer mode.", ""),
     Variable("ORCHESTRATOR_BASE_URL", "orchestrator_url", _text, "Address of the orchestrator, for progress and (buffer mode) for jobs.", ""),
     Variable("BUFFER_ORCHESTRATOR_BASE_URL", "buffer_orchestrator_url", _text, "Another address for the calls of buffer mode alone.", ""),
-    Variable("INTERNAL_API_KEY", "internal_api_key", _text, "Sent to the orchestrator as `X-Internal-API-Key`.", "", secret=True),
+    Variable("INTERNAL_API_KEY", "internal_api_key", _text, "Sent to the orchestrator as `X-Internal-API-Key`, and wanted as such from callers on other machines.", "", secret=True),
     Variable("BUFFER_POLL_INTERVAL_SEC", "buffer_poll_interval_s", _seconds(0.05, 3600), "Pause between two claims when there is no job.", "10", aliases=("POLL_INTERVAL_SEC",)),
     Variable("BUFFER_CAPACITY", "buffer_capacity", _whole(1, 1000), "Number sent in the heartbeat; one job is run at a time whatever it says.", "1"),
+    Variable("SALAD_QUEUE_WORKER", "salad_queue_worker", _text, "Salad's queue binary, started by `run_worker.sh` in queue mode where it is found.", "salad-http-job-queue-worker"),
     Variable("CONFIG_LABEL", "config_label", _text, "Free text, sent with every progress report.", "default"),
     # Who this worker is
     Variable("WORKER_ID", "worker_id", _text, "Name of this worker in logs and reports; unset: the host's name.", "", aliases=("SALAD_MACHINE_ID", "VAST_CONTAINERLABEL")),
     Variable("GPU_CLASS", "gpu_class", _text, "GPU class echoed in metrics; unset: `unknown`.", "", aliases=("GPU_CLASS_NAME",)),
     Variable("LOG_LEVEL", "log_level", _choice("debug", "info", "warning", "error"), "Least severity that is logged.", "info"),
 )  # fmt: skip
+
+
+# Variables of the worker before this one: deployments still set them, and nothing is left for them to say.
+LEGACY = ("USE_OPTIMIZED_INFERENCE", "MUSETALK_WORKDIR", "MUSETALK_RESULT_DIR", "WORKER_TYPE", "PROVIDER")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +174,7 @@ class Settings:
     host: str
     port: int
     graceful_timeout_s: float
+    max_body_bytes: int
     model: str
     models_dir: Path
     unet_path: Path | None
@@ -169,6 +182,7 @@ class Settings:
     device: str
     dtype: str
     cpu_threads: int
+    min_gpu_memory_mb: int
     batch_size: int
     output_geometry: str
     video_encoder: str
@@ -181,6 +195,9 @@ class Settings:
     max_source_side: int
     frame_memory_mb: int
     scratch_disk_mb: int
+    job_timeout_s: float
+    inference_timeout_s: float
+    min_free_disk_mb: int
     allow_file_urls: bool
     file_url_roots: tuple[Path, ...]
     allow_private_networks: bool
@@ -203,6 +220,7 @@ class Settings:
     internal_api_key: str = field(repr=False)
     buffer_poll_interval_s: float
     buffer_capacity: int
+    salad_queue_worker: str
     config_label: str
     worker_id: str
     gpu_class: str | None
@@ -261,7 +279,7 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
     problems += _joint_problems(values)
     if problems:
         raise SettingsError("; ".join(problems))
-    _resolve(values)
+    _resolve(values, given)
     return Settings(**values)
 
 
@@ -284,20 +302,66 @@ def _joint_problems(values: Mapping[str, Any]) -> Iterable[str]:
         yield "PUBLIC_BASE_URL must be an http or https address without query"
 
 
-def _resolve(values: dict[str, Any]) -> None:
+def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> None:
     """Fill in what depends on the machine: folders are taken from the project's root, names from the host."""
     for name in ("models_dir", "output_dir", "work_dir", "unet_path", "unet_config_path"):
         if values[name] is not None:
             values[name] = (ROOT / values[name]).resolve()
+    warnings: list[str] = []
     mode = values["worker_mode"].lower()
     if mode not in ("queue", "buffer"):
-        values["warnings"] = (f"WORKER_MODE is {mode!r}, which is no mode of this worker: queue mode is used",)
+        warnings.append(f"WORKER_MODE is {mode!r}, which is no mode of this worker: queue mode is used")
         mode = "queue"
+    if ignored := [name for name in LEGACY if name in given]:
+        warnings.append(f"{', '.join(ignored)}: set, but of no use to this worker")
+    values["warnings"] = tuple(warnings)
     values["worker_mode"] = "buffer" if values["buffer_worker_id"] else mode
-    host = socket.gethostname()
-    fallback = f"buffer-{host}" if values["worker_mode"] == "buffer" else host
-    values["worker_id"] = values["buffer_worker_id"] or values["worker_id"] or fallback
+    values["worker_id"] = values["buffer_worker_id"] or _worker_id(values["worker_mode"], given)
     for name in ("orchestrator_url", "buffer_orchestrator_url"):
         values[name] = values[name].rstrip("/")
     values["gpu_class"] = values["gpu_class"] or None
     values["public_base_url"] = (values["public_base_url"] or f"http://localhost:{values['port']}").rstrip("/")
+
+
+def _worker_id(mode: str, given: Mapping[str, str]) -> str:
+    """The worker's one name: set by a person, else by the platform, else the host's (protocol section 2)."""
+    order = ["WORKER_ID", "SALAD_MACHINE_ID", "VAST_CONTAINERLABEL"]
+    if mode == "queue":
+        # Salad's name came first there, and its peers know the worker by it.
+        order = ["SALAD_MACHINE_ID", "WORKER_ID", "VAST_CONTAINERLABEL"]
+    host = socket.gethostname()
+    return next((given[name] for name in order if name in given), f"buffer-{host}" if mode == "buffer" else host)
+
+
+def bind_addresses(host: str, port: int, *, ipv6_only_file: Path = Path("/proc/sys/net/ipv6/bindv6only")) -> list[str]:
+    """What Gunicorn should bind: `::` means IPv4 and IPv6, on machines without IPv6 too."""
+    if host != "::":
+        return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
+    every_ipv4 = f"0.0.0.0:{port}"
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::", 0))
+    except OSError:
+        return [every_ipv4]
+    try:
+        is_ipv6_only = ipv6_only_file.read_text(encoding="ascii").strip() == "1"
+    except OSError:
+        is_ipv6_only = False
+    return [every_ipv4, f"[::]:{port}"] if is_ipv6_only else [f"[::]:{port}"]
+
+
+def main() -> int:
+    """For run_worker.sh: what it must know, as lines `name=value`; returns the exit status (2: settings are wrong)."""
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"mode={settings.worker_mode}")
+    print(f"port={settings.port}")
+    print(f"queue_worker={settings.salad_queue_worker}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

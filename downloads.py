@@ -36,7 +36,7 @@ from addresses import Resolver, Target, check_addresses, check_target, parse_tar
 from connections import CutSwitch, PinnedAdapter, describe, is_bad_certificate, is_unreachable, resolve_within
 from errors import CancelledError, DiskFullError, DownloadError, ProcessingError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("musetalk.downloads")
 
 Kind = Literal["video", "audio"]
 MIN_MEDIA_BYTES = 1000

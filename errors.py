@@ -13,6 +13,9 @@
     │   ├── StorageError      the finished file could not be stored
     │   ├── DeadlineError     a time limit passed
     │   ├── CancelledError    the job was told to stop
+    │   │   ├── JobCancelledError  by its caller: 409, nobody retries
+    │   │   └── ShutdownError      because the worker ends: 503
+    │   ├── GpuLostError      the GPU needs a new process
     │   └── UnavailableError  busy, starting or shutting down: 503
     └── SettingsError         the environment is wrong: the process does not start
 
@@ -99,6 +102,23 @@ class DeadlineError(ProcessingError):
 
 class CancelledError(ProcessingError):
     """The job was told to stop before it was done."""
+
+
+class JobCancelledError(CancelledError):
+    """The job's caller wants it no more; an answer that Salad counts as an end, so that it is not run again."""
+
+    http_status = 409
+    default_retryable = False
+
+
+class ShutdownError(CancelledError):
+    """The worker ends before the job does; another one should run it."""
+
+    http_status = 503
+
+
+class GpuLostError(ProcessingError):
+    """The GPU is in a state that only a new process repairs (an illegal access, a lost device)."""
 
 
 class UnavailableError(ProcessingError):

@@ -6,6 +6,8 @@ start and stop the claim loop of buffer mode, of which Gunicorn itself knows not
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -15,12 +17,17 @@ from typing import Any
 # Gunicorn runs this file without its folder on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from config import load_settings
+from config import bind_addresses, load_settings
+from errors import SettingsError
 
-_settings = load_settings()
+try:
+    _settings = load_settings()
+except SettingsError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 wsgi_app = "app:create_app()"
-bind = f"{_settings.host}:{_settings.port}"
+bind = bind_addresses(_settings.host, _settings.port)
 workers = 1
 worker_class = "gthread"
 # One thread is held by the running job; silent connections hold a thread for up to 5 s each.
@@ -35,10 +42,37 @@ preload_app = False
 control_socket_disable = True
 accesslog = None
 errorlog = "-"
-loglevel = "warning"
+loglevel = "info"
+# Gunicorn's own lines in the form of ours.
+logconfig_dict = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"json": {"()": "telemetry.JsonFormatter"}},
+    "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
+    "root": {"level": "WARNING", "handlers": ["stdout"]},
+    "loggers": {"gunicorn.error": {"level": "INFO", "handlers": ["stdout"], "propagate": False}},
+}
 
-# Left for the last reports after the running job was told to stop, before Gunicorn kills the process.
-_LAST_WORDS_S = 5.0
+# The parent tells the worker with this one that a second SIGTERM came.
+_ABORT = signal.SIGUSR2
+
+
+def when_ready(server: Any) -> None:
+    """In the parent, with its signal handlers in place: a second SIGTERM, which Gunicorn ignores, means abort."""
+    previous = signal.getsignal(signal.SIGTERM)
+    n_signals = 0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal n_signals
+        n_signals += 1
+        if n_signals > 1:
+            for pid in list(server.WORKERS):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, _ABORT)
+        if callable(previous):
+            previous(number, frame)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def post_fork(_server: Any, _worker: Any) -> None:
@@ -65,30 +99,29 @@ def post_fork(_server: Any, _worker: Any) -> None:
 
 def post_worker_init(_worker: Any) -> None:
     """Stop claiming with the first SIGTERM; Gunicorn calls worker_exit only when no request is left."""
-    # Imported here and not in the handler: a second signal would come in the middle of the first one's import.
+    from lifecycle import Lifecycle
     from musetalk_core import shared_core
     from poller import running
 
-    core, previous = shared_core(), signal.getsignal(signal.SIGTERM)
+    lifecycle = Lifecycle(shared_core(), running, graceful_s=_settings.graceful_timeout_s)
+    lifecycle.start()
+    previous = signal.getsignal(signal.SIGTERM)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        core.drain()
-        if (loop := running()) is not None:
-            loop.stop()
+        lifecycle.say("stop")
         if callable(previous):
             previous(number, frame)
 
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(_ABORT, lambda _number, _frame: lifecycle.say("abort"))
 
 
 def worker_exit(_server: Any, _worker: Any) -> None:
-    """Let the running job end, or hand it back as retryable when the time is over."""
+    """Let the claim loop end: its running job is stopped in time by the lifecycle, its last report goes out here."""
     from poller import running
 
     loop = running()
     if loop is None:
         return
     loop.stop()
-    if not loop.join(max(0.0, _settings.graceful_timeout_s - 2 * _LAST_WORDS_S)):
-        loop.abandon()
-        loop.join(_LAST_WORDS_S)
+    loop.join(_settings.graceful_timeout_s)

@@ -9,7 +9,7 @@ import math
 import re
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from errors import MuseTalkError, RequestError
@@ -21,6 +21,7 @@ ALWAYS_REPORTED: tuple[Stage, ...] = ("download", "validation", "inference", "up
 
 MAX_ID_LENGTH = 256
 MAX_URL_LENGTH = 8192
+MAX_TEXT_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,30 @@ def parse_params(raw: object) -> JobParams:
     if not isinstance(raw, Mapping):
         raise RequestError("params must be a JSON object", field="params")
     values: dict[str, Any] = {}
-    for name, parse in _PARAMS.items():
+    for name, param in PARAMS.items():
         if raw.get(name) is None:
             continue
         try:
-            values[name] = parse(raw[name])
+            values[name] = param.parse(raw[name])
         except ValueError as problem:
             raise RequestError(f"params.{name} {problem}", field=f"params.{name}") from None
-    ignored = sorted(str(name)[:100] for name in raw if name not in _PARAMS)
+    ignored = sorted(str(name)[:100] for name in raw if name not in PARAMS)
     return JobParams(**values, ignored=tuple(ignored))
 
 
-def _whole(low: int, high: int) -> Callable[[Any], int]:
+Schema = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Param:
+    """One model parameter: how it is read, its JSON schema, and what it does."""
+
+    parse: Callable[[Any], Any]
+    schema: Schema
+    meaning: str
+
+
+def _whole(low: int, high: int) -> tuple[Callable[[Any], int], Schema]:
     def parse(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError("must be a whole number")
@@ -101,10 +114,10 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
             raise ValueError(f"must be a whole number from {low} to {high}")
         return int(value)
 
-    return parse
+    return parse, {"type": ["integer", "null"], "minimum": low, "maximum": high}
 
 
-def _number(low: float, high: float) -> Callable[[Any], float]:
+def _number(low: float, high: float) -> tuple[Callable[[Any], float], Schema]:
     def parse(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError("must be a number")
@@ -112,38 +125,63 @@ def _number(low: float, high: float) -> Callable[[Any], float]:
             raise ValueError(f"must be from {low:g} to {high:g}")
         return float(value)
 
-    return parse
+    return parse, {"type": ["number", "null"], "minimum": low, "maximum": high}
 
 
-def _one_of(*allowed: str) -> Callable[[Any], str]:
+def _one_of(*allowed: str) -> tuple[Callable[[Any], str], Schema]:
     def parse(value: Any) -> str:
         if value not in allowed:
             raise ValueError(f"must be one of {', '.join(allowed)}")
         return str(value)
 
-    return parse
+    return parse, {"enum": [*allowed, None]}
 
 
-def _box(value: Any) -> tuple[int, int, int, int]:
-    edge = _whole(-100_000, 100_000)
-    if not isinstance(value, (list, tuple)) or len(value) != 4:
-        raise ValueError("must be [x0, y0, x1, y1] in pixels")
-    x0, y0, x1, y1 = (edge(number) for number in value)
-    if x1 <= x0 or y1 <= y0:
-        raise ValueError("must have x1 > x0 and y1 > y0")
-    return x0, y0, x1, y1
+_MAX_EDGE = 100_000
 
 
-_PARAMS: dict[str, Callable[[Any], Any]] = {
-    "bbox_shift": _whole(-100, 100),
-    "extra_margin": _whole(0, 200),
-    "parsing_mode": _one_of("jaw", "raw", "neck"),
-    "left_cheek_width": _whole(0, 256),
-    "right_cheek_width": _whole(0, 255),
-    "face_box": _box,
-    "box_smoothing": _number(0, 50),
-    "max_gap_frames": _whole(0, 250),
-    "batch_size": _whole(1, 256),
+def _box() -> tuple[Callable[[Any], tuple[int, int, int, int]], Schema]:
+    edge, edge_schema = _whole(-_MAX_EDGE, _MAX_EDGE)
+
+    def parse(value: Any) -> tuple[int, int, int, int]:
+        if not isinstance(value, (list, tuple)) or len(value) != 4:
+            raise ValueError("must be [x0, y0, x1, y1] in pixels")
+        x0, y0, x1, y1 = (edge(number) for number in value)
+        if x1 <= x0 or y1 <= y0:
+            raise ValueError("must have x1 > x0 and y1 > y0")
+        return x0, y0, x1, y1
+
+    item = {**edge_schema, "type": "integer"}
+    return parse, {"type": ["array", "null"], "items": item, "minItems": 4, "maxItems": 4}
+
+
+PARAMS: dict[str, Param] = {
+    "face_box": Param(
+        *_box(), "`[x0, y0, x1, y1]` in px: where the face is, the same in every frame; no detection is run"
+    ),
+    "bbox_shift": Param(
+        *_whole(-100, 100),
+        "v1.0 only: moves the box down (positive) or up by px; refused with v1.5, where it has no effect",
+    ),
+    "extra_margin": Param(
+        *_whole(0, 200), "px added below the box (v1.5: 10, v1.0: 0); more lets the chin move further"
+    ),
+    "parsing_mode": Param(
+        *_one_of("jaw", "raw", "neck"),
+        "which part of the face is redrawn: `jaw` (v1.5), `raw` (v1.0: mouth and skin), `neck`",
+    ),
+    "left_cheek_width": Param(
+        *_whole(0, 256), "half-width of the free zone left of the mouth in `jaw` mode, in 512ths of the crop (90)"
+    ),
+    "right_cheek_width": Param(*_whole(0, 255), "the same right of the mouth (90)"),
+    "box_smoothing": Param(
+        *_number(0, 50), "sigma in frames of a Gaussian over the boxes; steadies a trembling mouth (0 = off)"
+    ),
+    "max_gap_frames": Param(
+        *_whole(0, 250),
+        "faceless gaps up to this length are interpolated (default: half a second); longer ones show the source",
+    ),
+    "batch_size": Param(*_whole(1, 256), "output frames in one pass of the networks, instead of `BATCH_SIZE`"),
 }
 
 
@@ -173,7 +211,7 @@ def _optional_text(body: Mapping[Any, Any], name: str) -> str | None:
     value = body.get(name)
     if value is None:
         return None
-    if not isinstance(value, str) or len(value) > 64:
+    if not isinstance(value, str) or len(value) > MAX_TEXT_LENGTH:
         raise RequestError(f"{name} must be a short string", field=name)
     return value.strip() or None
 
@@ -198,7 +236,6 @@ class JobResult:
 
 def result_body(result: JobResult) -> dict[str, object]:
     """The success body of POST /generate; every number is finite or null."""
-    rendering = sum(result.stage_times.get(stage, 0.0) for stage in ("preprocessing", "inference", "postprocessing"))
     return {
         "status": "success",
         "output_url": result.output_url,
@@ -206,7 +243,7 @@ def result_body(result: JobResult) -> dict[str, object]:
         "model": result.model,
         "metrics": {
             "GENERATION_TIME_SEC": _finite(result.stage_times.get("inference")),
-            "SCRIPT_WALL_TIME_SEC": _finite(rendering),
+            "SCRIPT_WALL_TIME_SEC": _finite(_rendering_s(result.stage_times)),
             "PEAK_VRAM_MIB": _finite(result.peak_gpu_memory_mib),
             "PEAK_RAM_KB": _finite(result.peak_memory_kb),
             "gpu_class": result.gpu_class or "unknown",
@@ -217,6 +254,45 @@ def result_body(result: JobResult) -> dict[str, object]:
         "warnings": list(result.warnings),
         "error": None,
     }
+
+
+def sidecar_body(
+    job: Job,
+    *,
+    created: str,
+    stage_times: Mapping[str, float],
+    peak_gpu_memory_mib: float | None,
+    peak_memory_kb: int | None,
+    video: Mapping[str, object],
+    **worker: object,
+) -> dict[str, object]:
+    """What is stored beside the MP4 (protocol section 7); the store adds the object's name, size and SHA-1.
+
+    `created` is ISO 8601 with an offset; `worker` says who made it (gpu_class, worker_id, model, ...). The addresses of
+    the inputs are left out: they may be signed.
+    """
+    params = {name: value for name, value in asdict(job.params).items() if value is not None and name != "ignored"}
+    return {
+        "musetalk_job_id": job.job_id,
+        "queue_job_id": job.queue_job_id,
+        "buffer_job_id": job.buffer_job_id,
+        **worker,
+        "aspect_ratio": job.aspect_ratio,
+        "resolution": job.resolution,
+        "params": params,
+        "generation_time_sec": _finite(stage_times.get("inference")),
+        "script_wall_time_sec": _finite(_rendering_s(stage_times)),
+        "peak_vram_mib": _finite(peak_gpu_memory_mib),
+        "peak_ram_kb": _finite(peak_memory_kb),
+        "stage_times": stage_times_body(stage_times),
+        "video": dict(video),
+        "create_time_utc": created,
+    }
+
+
+def _rendering_s(stage_times: Mapping[str, float]) -> float:
+    """Everything between validation and upload."""
+    return sum(stage_times.get(stage, 0.0) for stage in ("preprocessing", "inference", "postprocessing"))
 
 
 def error_body(error: BaseException, *, job_id: str | None = None) -> tuple[int, dict[str, object]]:

@@ -1,30 +1,43 @@
 """The core: keeps the models loaded, owns the right to use the GPU, and knows the order of a job's stages.
 
-Both front doors (HTTP and the poller) call `Core.run_job`; people call `python musetalk_core.py SOURCE AUDIO OUTPUT`.
+Both front doors (HTTP and the poller) call `Core.run_job`; people call `python musetalk_core.py SOURCE AUDIO OUTPUT`,
+which is `command_line.main`.
 Knows no JSON keys, no tensor operation, no picture.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
-import json
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from config import Settings, load_settings
 from downloads import MIN_MEDIA_BYTES, DownloadSettings, fetch
-from errors import DiskFullError, MediaError, MuseTalkError, ProcessingError, UnavailableError
-from jobs import Job, JobParams, JobResult, Stage, parse_params
+from errors import (
+    CancelledError,
+    DiskFullError,
+    GpuLostError,
+    MediaError,
+    MuseTalkError,
+    ProcessingError,
+    UnavailableError,
+    WeightsError,
+)
+from fitness import check_room, folder_problem, has_gpu_hardware
+from job_control import JobControl, StopReason
+from jobs import Job, JobParams, JobResult, Stage, sidecar_body
 from storage import B2Settings, LocalStoreSettings, Store, open_store
-from telemetry import StageClock, configure_logging, job_logging, logger, peak_memory_kb
+from telemetry import Metrics, StageClock, configure_logging, job_logging, keep_secret, logger, peak_memory_kb
 
 if TYPE_CHECKING:
     from musetalk.media import EncoderSettings, MediaLimits
@@ -37,6 +50,9 @@ OnProgress = Callable[[Stage, int, int], None]
 ShouldStop = Callable[[], bool]
 
 WORK_PREFIX = "job-"
+# A queue that lost our answer sends the same job again within minutes; its result is kept so long.
+KEPT_RESULTS = 50
+KEPT_RESULTS_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -70,52 +86,132 @@ def _never() -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A job under way: its clock, its stop flag, and who wants to know."""
+
+    clock: StageClock
+    control: JobControl
+    on_progress: OnProgress
+
+    @contextmanager
+    def stage(self, name: Stage) -> Iterator[None]:
+        """The block is stage `name`: timed, limited, told."""
+        self.control.begin(name)
+        with self.clock.stage(name):
+            self.on_progress(name, 0, 1)
+            yield
+
+
 class Core:
     """One process's models and its one slot."""
 
     def __init__(self, settings: Settings, *, store: Store | None = None) -> None:
         """Does not load anything: `load` does, or `start_loading` in a thread of its own."""
         self.settings = settings
+        self.metrics = Metrics()
+        # Called once when only a new process can go on; whoever serves the core ends the process.
+        self.on_lost: Callable[[str], None] | None = None
         self._store = store or _open_store(settings)
         self._slot = threading.Lock()
         self._models: Models | None = None
         self._encoder: EncoderSettings | None = None
+        self._batch_size = settings.batch_size
         self._failure: str | None = None
-        self._draining = threading.Event()
+        self._is_lost = threading.Lock()
+        # A plain flag: it is set by a signal's handler, where taking a lock may never return.
+        self._is_draining = False
         self._watched: list[Callable[[], str | None]] = []
+        self._control: JobControl | None = None
+        self._finished: OrderedDict[Job, tuple[float, JobResult]] = OrderedDict()
+        self.metrics.read(
+            "musetalk_model_ready", "1 while jobs can be taken or run.", lambda: self.readiness.is_healthy
+        )
+        self.metrics.read("musetalk_jobs_in_progress", "Jobs that run right now.", lambda: self.is_busy)
 
     # -- lifecycle ----------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Load the models and choose the encoder; raises WeightsError. After a failure the core stays not ready."""
-        from musetalk import media
-        from musetalk.models import choose_device, choose_dtype, configure_threads, find_version, load_models
+        """Check the machine, load the models, run them once, choose the encoder.
 
-        settings = self.settings
+        Raises WeightsError for files, ProcessingError for a machine that is not fit. After a failure the core stays
+        not ready.
+        """
         try:
-            version: Any = find_version(settings.models_dir) if settings.model == "auto" else settings.model
-            device = choose_device(settings.device)
-            configure_threads(settings.cpu_threads, device)
-            models = load_models(
-                settings.models_dir,
-                version,
-                device=device,
-                dtype=choose_dtype(settings.dtype, device),
-                unet_path=settings.unet_path,
-                unet_config_path=settings.unet_config_path,
-            )
-            preferred = (
-                "libx264" if settings.video_encoder == "auto" and device.type == "cpu" else settings.video_encoder
-            )
-            encoder, reason = media.choose_encoder(preferred)
-            if reason:
-                logger.info("encoder chosen", extra={"encoder": encoder.codec, "reason": reason})
-            self._encoder = replace(encoder, preset=settings.video_preset, crf=settings.video_crf)
+            self._check_machine()
+            models = self._load_models()
+            self._encoder = self._choose_encoder(models)
         except Exception as error:
             self._failure = str(error)
             raise
         self._models = models
-        logger.info("models loaded", extra={"model": version, "device": str(device), "dtype": str(models.dtype)})
+
+    def _check_machine(self) -> None:
+        settings = self.settings
+        folders = [(settings.work_dir, "WORK_DIR")]
+        if not settings.uses_b2:
+            folders.append((settings.output_dir, "OUTPUT_DIR"))
+        for folder, name in folders:
+            if (problem := folder_problem(folder, name, settings.min_free_disk_mb)) is not None:
+                raise ProcessingError(problem)
+
+    def _load_models(self) -> Models:
+        from musetalk import __version__, devices
+        from musetalk.models import find_version, load_models
+        from musetalk.warming import warm_up
+
+        settings = self.settings
+        version: Any = find_version(settings.models_dir) if settings.model == "auto" else settings.model
+        device = devices.choose_device(settings.device)
+        if device.type == "cpu" and settings.device == "auto" and has_gpu_hardware():
+            raise WeightsError(
+                "this machine has an NVIDIA card that torch cannot use (driver too old for this build of torch?); "
+                "MUSETALK_DEVICE=cpu would run without it"
+            )
+        devices.configure_threads(settings.cpu_threads, device)
+        if device.type == "cuda":
+            facts = devices.gpu_facts(device)
+            logger.info("gpu", extra={"gpu": facts.name, "free_mib": facts.free_mib, "total_mib": facts.total_mib})
+            if (problem := devices.gpu_problem(facts, settings.min_gpu_memory_mb)) is not None:
+                raise ProcessingError(problem)
+        devices.try_out(device)
+        started = time.monotonic()
+        models = load_models(
+            settings.models_dir,
+            version,
+            device=device,
+            dtype=devices.choose_dtype(settings.dtype, device),
+            unet_path=settings.unet_path,
+            unet_config_path=settings.unet_config_path,
+        )
+        loaded = time.monotonic()
+        self._batch_size = warm_up(models, settings.batch_size)
+        if self._batch_size != settings.batch_size:
+            logger.warning("the batch does not fit the GPU", extra={"batch_size": self._batch_size})
+        build = {"version": __version__, "model": version, "device": str(device), "torch": devices.torch_version()}
+        self.metrics.built(**build)
+        self.metrics.read_gpu_memory(lambda: devices.memory_bytes(device))
+        logger.info(
+            "models loaded",
+            extra={
+                **build,
+                "dtype": str(models.dtype),
+                "load_s": round(loaded - started, 2),
+                "warm_up_s": round(time.monotonic() - loaded, 2),
+            },
+        )
+        return models
+
+    def _choose_encoder(self, models: Models) -> EncoderSettings:
+        from musetalk import media
+
+        settings = self.settings
+        is_cpu = models.device.type == "cpu"
+        preferred = "libx264" if settings.video_encoder == "auto" and is_cpu else settings.video_encoder
+        encoder, reason = media.choose_encoder(preferred)
+        if reason:
+            logger.info("encoder chosen", extra={"encoder": encoder.codec, "reason": reason})
+        return replace(encoder, preset=settings.video_preset, crf=settings.video_crf)
 
     def start_loading(self) -> threading.Thread:
         """`load` in a thread, so that the server can say "starting" meanwhile; a failure is logged and kept."""
@@ -145,18 +241,46 @@ class Core:
         return self._slot.locked()
 
     def drain(self) -> None:
-        """Take no further job; the running one goes on."""
-        self._draining.set()
+        """Take no further job; the running one goes on. May be called by a signal's handler."""
+        self._is_draining = True
+
+    def stop_running(self, reason: StopReason) -> bool:
+        """Stop the running job at its next chunk; whether there was one."""
+        control = self._control
+        if control is not None:
+            control.stop(reason)
+        return control is not None
+
+    def cancel(self, job_id: str) -> bool:
+        """Stop the running job if `job_id` is one of its ids; whether it is."""
+        control = self._control
+        if control is None or not control.is_called(job_id):
+            return False
+        logger.info("the running job is cancelled", extra={"cancelled": job_id})
+        control.stop("cancelled")
+        return True
+
+    def lose(self, reason: str) -> None:
+        """Only a new process can go on: not healthy from now on, and whoever serves the core is told, once."""
+        if not self._is_lost.acquire(blocking=False):
+            return
+        self._failure = reason
+        logger.critical("a new process is needed", extra={"reason": reason})
+        if self.on_lost is not None:
+            self.on_lost(reason)
 
     @property
     def readiness(self) -> Readiness:
         """A snapshot that takes no lock a job holds."""
+        control = self._control
+        if control is not None and control.is_stuck:
+            self.lose("the running job hangs and cannot be stopped")
         model = self._models.version if self._models else None
         if self._failure is not None:
             return Readiness("failed", model, self._failure)
         if self._models is None:
             return Readiness("starting", model, "the models are loading")
-        if self._draining.is_set():
+        if self._is_draining:
             return Readiness("draining", model, "the worker is shutting down")
         for problem in self._watched:
             if (reason := problem()) is not None:
@@ -169,8 +293,10 @@ class Core:
         readiness = self.readiness
         models = self._models
         if models is None or not readiness.is_healthy:
+            self.metrics.rejected()
             raise UnavailableError(readiness.reason or "the worker is not ready", state=readiness.state)
         if not self._slot.acquire(blocking=False):
+            self.metrics.rejected()
             raise UnavailableError("the worker is busy with another job", state="busy")
         try:
             yield models
@@ -196,41 +322,79 @@ class Core:
         Raises UnavailableError when the slot is taken, MediaError for bad input, ProcessingError otherwise.
         """
         with self._holding_slot() as models:
-            clock = StageClock()
-            with _told(clock):
+            control = self._control_of()
+            run = _Run(StageClock(), control, on_progress)
+            with self._under(run, should_stop) as stop:
                 options = self._options(models, params or JobParams(), aspect_ratio, resolution)
-                summary = self._render(models, source, audio, output, options, clock, on_progress, should_stop)
-            return Rendered(summary, clock, models.version)
+                summary = self._render(models, source, audio, output, options, run, stop)
+            return Rendered(summary, run.clock, models.version)
 
     def run_job(
         self, job: Job, *, on_progress: OnProgress = _no_progress, should_stop: ShouldStop = _never
     ) -> JobResult:
         """A whole job: fetch, render, store. Everything it wrote locally is gone afterwards.
 
+        The same job of the same queue, sent again because our answer was lost, is answered from its result.
         Raises UnavailableError at once when the slot is taken, otherwise as `render`, DownloadError and StorageError;
         every error carries its stage and the stage times so far.
         """
         with self._holding_slot() as models, job_logging(job.job_id):
-            clock = StageClock()
+            if (kept := self._kept_result(job)) is not None:
+                logger.info("the job was done here before; its result is told again")
+                return kept
+            run = _Run(StageClock(), self._control_of(job), on_progress)
             try:
-                with _told(clock), self._work_folder() as folder:
-                    result = self._run_stages(models, job, folder, clock, on_progress, should_stop)
+                with self._under(run, should_stop) as stop, self._work_folder() as folder:
+                    result = self._run_stages(models, job, folder, run, stop)
             except BaseException as error:
-                _log_end(clock, error)
+                self.metrics.ended(run.clock, error)
+                _log_end(run.clock, error)
                 raise
-            _log_end(clock, None, output_frames=result.video["frames"])
+            n_frames = result.video["frames"]
+            assert isinstance(n_frames, int)
+            self.metrics.ended(run.clock, None, n_frames)
+            _log_end(run.clock, None, output_frames=n_frames)
+            if job.queue_job_id:
+                self._finished[job] = (time.monotonic(), result)
+                while len(self._finished) > KEPT_RESULTS:
+                    self._finished.popitem(last=False)
             return result
 
-    def _run_stages(
-        self,
-        models: Models,
-        job: Job,
-        folder: Path,
-        clock: StageClock,
-        on_progress: OnProgress,
-        should_stop: ShouldStop,
-    ) -> JobResult:
-        from musetalk.models import peak_memory_mib, reset_peak_memory
+    def _kept_result(self, job: Job) -> JobResult | None:
+        """The result of this very job, when its queue sends it again; a job without a queue's id is always run."""
+        ended, result = self._finished.get(job, (0.0, None))
+        return result if result is not None and time.monotonic() - ended < KEPT_RESULTS_S else None
+
+    def _control_of(self, job: Job | None = None) -> JobControl:
+        settings = self.settings
+        limit: dict[Stage, float] = dict.fromkeys(
+            ("preprocessing", "inference", "postprocessing"), settings.inference_timeout_s
+        )
+        names = () if job is None else (job.job_id, job.queue_job_id, job.buffer_job_id)
+        return JobControl(names, limit_s=settings.job_timeout_s, stage_limits_s=limit)
+
+    @contextmanager
+    def _under(self, run: _Run, should_stop: ShouldStop) -> Iterator[ShouldStop]:
+        """Makes `run` the running job; yields its stop flag, and turns a stop into the error that says why."""
+        self._control = run.control
+        try:
+            with _told(run.clock):
+                try:
+                    yield lambda: should_stop() or run.control.should_stop()
+                except CancelledError as stopped:
+                    if not run.control.should_stop():
+                        raise
+                    error = run.control.error()
+                    error.stage = stopped.stage
+                    raise error from None
+        except GpuLostError as error:
+            self.lose(error.message)
+            raise
+        finally:
+            self._control = None
+
+    def _run_stages(self, models: Models, job: Job, folder: Path, run: _Run, should_stop: ShouldStop) -> JobResult:
+        from musetalk.devices import peak_memory_mib, reset_peak_memory
 
         settings = self.settings
         wants_geometry = settings.output_geometry == "request"
@@ -242,27 +406,37 @@ class Core:
         )
         reset_peak_memory(models.device)
         source, audio, output = folder / "source.bin", folder / "audio.bin", folder / "output.mp4"
-        with clock.stage("download"):
-            on_progress("download", 0, 1)
+        with run.stage("download"):
+            check_room(settings.work_dir, settings.min_free_disk_mb)
             fetching = self._download_settings()
             sizes = {
                 "video_url": fetch(job.video_url, source, fetching, kind="video", should_stop=should_stop).n_bytes,
                 "audio_url": fetch(job.audio_url, audio, fetching, kind="audio", should_stop=should_stop).n_bytes,
             }
-        with clock.stage("validation"):
+        with run.stage("validation"):
+            check_room(settings.work_dir, settings.min_free_disk_mb)
             for name, n_bytes in sizes.items():
                 if n_bytes < MIN_MEDIA_BYTES:
                     raise MediaError(f"the file of {name} has only {n_bytes} bytes", field=name, bytes=n_bytes)
-        summary = self._render(models, source, audio, output, options, clock, on_progress, should_stop)
+        summary = self._render(models, source, audio, output, options, run, should_stop)
         video = _video_facts(summary)
-        with clock.stage("upload"):
-            on_progress("upload", 0, 1)
+        peak_gpu, peak_ram = peak_memory_mib(models.device), peak_memory_kb()
+        with run.stage("upload"):
+            sidecar = sidecar_body(
+                job,
+                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                stage_times=run.clock.snapshot(),
+                peak_gpu_memory_mib=peak_gpu,
+                peak_memory_kb=peak_ram,
+                video=video,
+                gpu_class=settings.gpu_class or "unknown",
+                worker_id=settings.worker_id,
+                config_label=settings.config_label,
+                batch_size=options.batch_size,
+                model=models.version,
+            )
             stored = self._store.upload(
-                output,
-                job.job_id,
-                {"musetalk_job_id": job.job_id, "queue_job_id": job.queue_job_id, "model": models.version, **video},
-                deadline_s=settings.upload_timeout_s,
-                should_stop=should_stop,
+                output, job.job_id, sidecar, deadline_s=settings.upload_timeout_s, should_stop=should_stop
             )
         ignored = tuple(f"params.{name} is not known and was ignored" for name in job.params.ignored)
         return JobResult(
@@ -271,11 +445,11 @@ class Core:
             object_name=stored.name,
             bucket=stored.bucket,
             model=models.version,
-            stage_times=clock.snapshot(),
-            total_time_s=clock.total_s,
+            stage_times=run.clock.snapshot(),
+            total_time_s=run.clock.total_s,
             gpu_class=settings.gpu_class,
-            peak_gpu_memory_mib=peak_memory_mib(models.device),
-            peak_memory_kb=peak_memory_kb(),
+            peak_gpu_memory_mib=peak_gpu,
+            peak_memory_kb=peak_ram,
             video=video,
             warnings=(*summary.warnings, *ignored),
         )
@@ -287,24 +461,20 @@ class Core:
         audio: Path,
         output: Path,
         options: RenderOptions,
-        clock: StageClock,
-        on_progress: OnProgress,
+        run: _Run,
         should_stop: ShouldStop,
     ) -> RenderSummary:
         from musetalk.render import RenderSession
 
         session = RenderSession(models, source, audio, output, options, limits=self._limits(), encoder=self._encoder)
         with session:
-            with clock.stage("validation"):
-                on_progress("validation", 0, 1)
+            with run.stage("validation"):
                 session.probe()
-            with clock.stage("preprocessing"):
-                on_progress("preprocessing", 0, 1)
+            with run.stage("preprocessing"):
                 session.prepare(should_stop)
-            with clock.stage("inference"):
-                session.generate(lambda done, total: on_progress("inference", done, total), should_stop)
-            with clock.stage("postprocessing"):
-                on_progress("postprocessing", 0, 1)
+            with run.stage("inference"):
+                session.generate(lambda done, total: run.on_progress("inference", done, total), should_stop)
+            with run.stage("postprocessing"):
                 return session.finish()
 
     def _options(
@@ -322,7 +492,7 @@ class Core:
                 right_cheek_width=params.right_cheek_width,
                 box_smoothing=params.box_smoothing,
                 max_gap_frames=params.max_gap_frames,
-                batch_size=params.batch_size or self.settings.batch_size,
+                batch_size=params.batch_size or self._batch_size,
                 aspect_ratio=aspect_ratio,
                 resolution=resolution,
                 frame_memory_bytes=self.settings.frame_memory_mb * 2**20,
@@ -399,6 +569,7 @@ def shared_core() -> Core:
         if _shared is None:
             settings = load_settings()
             configure_logging(settings.log_level)
+            keep_secret([settings.b2_key_id, settings.b2_app_key, settings.internal_api_key])
             logger.info("settings", extra={"settings": settings.describe()})
             for warning in settings.warnings:
                 logger.warning(warning)
@@ -457,96 +628,7 @@ def _log_end(clock: StageClock, error: BaseException | None, **facts: object) ->
     )
 
 
-# -- command line -----------------------------------------------------------------------------------------------------
-
-
-def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Lip-sync SOURCE (video or still) to AUDIO and write the MP4 OUTPUT.")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("audio", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument(
-        "--param",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a job parameter, VALUE as JSON: --param face_box=[10,20,200,260] --param parsing_mode=raw",
-    )
-    parser.add_argument("--aspect-ratio", help="crop around the face to a:b")
-    parser.add_argument("--resolution", help="Np (short side) or WxH")
-    return parser.parse_args(arguments)
-
-
-def _params_from(pairs: Sequence[str]) -> JobParams:
-    raw: dict[str, object] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise SystemExit(f"--param needs NAME=VALUE, not {pair!r}")
-        try:
-            raw[name.replace("-", "_")] = json.loads(text)
-        except ValueError:
-            raw[name.replace("-", "_")] = text
-    params = parse_params(raw)
-    if params.ignored:
-        raise SystemExit(f"unknown --param: {', '.join(params.ignored)}")
-    return params
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status (0 made, 1 could not be made)."""
-    from tqdm import tqdm
-
-    given = _parse_arguments(arguments)
-    try:
-        params = _params_from(given.param)
-        settings = load_settings()
-        core = Core(settings)
-        print(f"loading the models from {settings.models_dir}", file=sys.stderr)
-        core.load()
-        with tqdm(unit="frame", desc="validation", file=sys.stderr, dynamic_ncols=True) as bar:
-
-            def show(stage: Stage, done: int, total: int) -> None:
-                bar.set_description(stage)
-                if stage == "inference":
-                    bar.total = total
-                    bar.update(done - bar.n)
-
-            rendered = core.render(
-                given.source,
-                given.audio,
-                given.output,
-                params,
-                aspect_ratio=given.aspect_ratio,
-                resolution=given.resolution,
-                on_progress=show,
-            )
-    except MuseTalkError as error:
-        print(f"error{f' in {error.stage}' if error.stage else ''}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; no file was written", file=sys.stderr)
-        return 130
-    _print_summary(given.output, rendered)
-    return 0
-
-
-def _print_summary(output: Path, rendered: Rendered) -> None:
-    summary, clock = rendered.summary, rendered.clock
-    print(
-        f"{output}: {summary.n_frames} frames, {summary.width}x{summary.height}, {float(summary.rate):.3f} fps, "
-        f"{summary.duration_s:.3f} s, model {rendered.model}"
-    )
-    print(
-        f"source frames {summary.n_source_frames}, without a face {summary.n_without_face}, "
-        f"interpolated {summary.n_interpolated}"
-    )
-    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in clock.seconds.items())
-    print(f"{stages}; {summary.n_frames / max(clock.total_s, 1e-9):.2f} frames a second in all")
-    for warning in summary.warnings:
-        print(f"warning: {warning}")
-
-
 if __name__ == "__main__":
-    configure_logging("warning")
+    from command_line import main
+
     sys.exit(main())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import quote
@@ -218,6 +218,17 @@ def claimed_job(reply: Reply) -> tuple[dict[str, Any] | None, str | None]:
     return job, None
 
 
+def cancelled_jobs(reply: Reply) -> tuple[str, ...]:
+    """Ids of jobs that the orchestrator wants no more, from `"cancel": [ids]` in a reply that was accepted.
+
+    Our proposal: the protocol has no cancel, and an orchestrator that does not know of it sends none.
+    """
+    if not reply.is_accepted or not isinstance(reply.body, dict):
+        return ()
+    wanted = reply.body.get("cancel")
+    return tuple(name for name in wanted if isinstance(name, str)) if isinstance(wanted, list) else ()
+
+
 def succeeded_report(result: JobResult) -> dict[str, object]:
     """The end of a job that has a video."""
     body = result_body(result)
@@ -278,8 +289,17 @@ class ProgressSender:
     Use in a `with` block around the job; `finish` is called with the last update before the caller is answered.
     """
 
-    def __init__(self, orchestrator: Orchestrator, job_id: str, *, interval_s: float = 1.0, step: float = 0.05) -> None:
-        self._orchestrator, self._job_id = orchestrator, job_id
+    def __init__(
+        self,
+        orchestrator: Orchestrator,
+        job_id: str,
+        *,
+        interval_s: float = 1.0,
+        step: float = 0.05,
+        on_cancel: Callable[[str], object] = lambda _job_id: None,
+    ) -> None:
+        """`on_cancel(id)` is called when the answer to an update names jobs that are wanted no more, or is 410."""
+        self._orchestrator, self._job_id, self._on_cancel = orchestrator, job_id, on_cancel
         self._interval_s, self._step = interval_s, step
         self._changed = threading.Condition()
         self._waiting: dict[str, object] | None = None
@@ -336,7 +356,9 @@ class ProgressSender:
             fraction = update["progress"]
             assert isinstance(fraction, float)
             self._sent = (update["phase"], fraction)
-            self._orchestrator.progress(self._job_id, update)
+            reply = self._orchestrator.progress(self._job_id, update)
+            for name in (self._job_id,) if reply.status == 410 else cancelled_jobs(reply):
+                self._on_cancel(name)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, timeout=self._interval_s)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import threading
@@ -17,14 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import CancelledError, RequestError
-from jobs import Job, error_body, parse_job
+from errors import RequestError, UnavailableError
+from jobs import Job, JobResult, error_body, parse_job
 from musetalk_core import Core
 from orchestrator import (
     Orchestrator,
     OrchestratorSettings,
     ProgressSender,
     Reply,
+    cancelled_jobs,
     claimed_job,
     error_text,
     failed_report,
@@ -118,6 +120,11 @@ class Heartbeat(threading.Thread):
         """Whether the last heartbeat was taken: no job is claimed before."""
         return bool(self._was_accepted)
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since a heartbeat was last accepted; infinite before the first."""
+        return math.inf if self.last_accepted is None else time.monotonic() - self.last_accepted
+
     def tell(self, error: str | None = None) -> None:
         """Send one now: a job began or ended, or something went wrong."""
         if error is not None:
@@ -151,6 +158,8 @@ class Heartbeat(threading.Thread):
         if not readiness.is_healthy and readiness.reason:
             error = readiness.reason
         reply = self._orchestrator.heartbeat("busy" if self._core.is_busy else "idle", error)
+        for name in cancelled_jobs(reply):
+            self._core.cancel(name)
         if reply.is_accepted:
             self.last_accepted = time.monotonic()
             if self._error == error:
@@ -186,7 +195,6 @@ class Poller:
         self._next_report = 0.0
         self._ends: OrderedDict[str, Mapping[str, object]] = OrderedDict()
         self._stopping = threading.Event()
-        self._abandon = threading.Event()
         self._wake = threading.Event()
         self._problem: str | None = None
         self._report_orphan()
@@ -231,11 +239,6 @@ class Poller:
     def is_stopping(self) -> bool:
         """Whether the loop was told to end."""
         return self._stopping.is_set()
-
-    def abandon(self) -> None:
-        """Stop the running job at its next batch; it is reported as retryable."""
-        self._abandon.set()
-        self.stop()
 
     def step(self) -> float:
         """One round: deliver what waits, then claim and run a job if the worker can take one; seconds to pause."""
@@ -287,18 +290,14 @@ class Poller:
 
     def _run(self, job: Job, buffer_job_id: str) -> None:
         self._current_path.write_text(json.dumps({"id": buffer_job_id}), encoding="utf-8")
-        progress = ProgressSender(Orchestrator(self._settings), job.job_id) if self._settings.base_url else None
+        progress = None
+        if self._settings.base_url:
+            progress = ProgressSender(Orchestrator(self._settings), job.job_id, on_cancel=self.core.cancel)
         try:
             with job_logging(job.job_id):
-                result = self.core.run_job(
-                    job,
-                    on_progress=self._telling(progress),
-                    should_stop=self._abandon.is_set,
-                )
+                result = self._run_when_free(job, self._telling(progress))
             report = succeeded_report(result)
         except Exception as error:  # noqa: BLE001 - every end is reported
-            if isinstance(error, CancelledError) and self._abandon.is_set():
-                error.message = "the worker is shutting down before the job's end"
             report = failed_report(error_body(error, job_id=job.job_id)[1])
             self.heartbeat.tell(error_text(error))
         finally:
@@ -307,6 +306,15 @@ class Poller:
         self._end(buffer_job_id, report)
         self._current_path.unlink(missing_ok=True)
         self.heartbeat.tell()
+
+    def _run_when_free(self, job: Job, on_progress: Callable[[Any, int, int], None]) -> JobResult:
+        """Run the job; when a posted one took the slot between our claim and now, wait for its end."""
+        while True:
+            try:
+                return self.core.run_job(job, on_progress=on_progress)
+            except UnavailableError as error:
+                if error.details.get("state") != "busy" or self._stopping.wait(0.5):
+                    raise
 
     def _telling(self, progress: ProgressSender | None) -> Callable[[Any, int, int], None]:
         """Passes progress on; its first call means that the slot is held, which the orchestrator hears at once."""
@@ -384,6 +392,11 @@ def start(core: Core) -> Poller:
         core, orchestrator_settings(settings), settings.work_dir, poll_interval_s=settings.buffer_poll_interval_s
     )
     poller.start()
+    core.metrics.read(
+        "musetalk_heartbeat_age_seconds",
+        "Time since the orchestrator last accepted a heartbeat.",
+        lambda: poller.heartbeat.age_s,
+    )
     core.watch(lambda: None if poller.is_alive or poller.is_stopping else "the claim loop has died")
     _running = poller
     return poller

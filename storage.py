@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from errors import CancelledError, DeadlineError, DiskFullError, ProcessingError, SettingsError, StorageError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("musetalk.storage")
 
 MAX_LINK_LIFETIME_S = 604_800
 

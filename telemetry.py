@@ -1,19 +1,24 @@
-"""Logs as JSON lines with the job's id in each, and the clock of a job's stages. Knows no torch."""
+"""Logs as JSON lines with the job's id in each, the clock of a job's stages, and the metrics. Knows no torch."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.process_collector import ProcessCollector
 
 from errors import MuseTalkError
 from jobs import Stage
@@ -26,6 +31,25 @@ _job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 
 # Attributes every LogRecord has; what a call gave in `extra` is the rest.
 _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+# What follows the path of an address may be a signature: it is never logged.
+_QUERY = re.compile(r"(https?://[^\s?#\"'<>]*)[?#][^\s\"'<>]*")
+_USER = re.compile(r"(https?://)[^\s/@\"'<>]*@")
+_secrets: set[str] = set()
+
+
+def keep_secret(values: Iterable[str | None]) -> None:
+    """No later log line of this process shows one of `values`, wherever it comes from."""
+    _secrets.update(value for value in values if value and len(value) >= 4)
+
+
+def redacted(text: str) -> str:
+    """`text` without queries and user names of addresses, and without what `keep_secret` was told."""
+    text = _USER.sub(r"\1", _QUERY.sub(r"\1?...", text))
+    for secret in _secrets:
+        text = text.replace(secret, "***")
+    return text
 
 
 class JsonFormatter(logging.Formatter):
@@ -43,7 +67,7 @@ class JsonFormatter(logging.Formatter):
         entry.update({key: value for key, value in vars(record).items() if key not in _RECORD_FIELDS})
         if record.exc_info and record.exc_info[1] is not None:
             entry["exception"] = _trace_text(record.exc_info[1])
-        return json.dumps(entry, default=str, ensure_ascii=False)
+        return redacted(json.dumps(entry, default=str, ensure_ascii=False))
 
 
 def _trace_text(error: BaseException) -> str:
@@ -53,13 +77,18 @@ def _trace_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).replace(str(ROOT), '.')} ({where})"
 
 
-def configure_logging(level: str) -> None:
-    """Send our log as JSON lines to standard output; safe to call twice."""
-    handler = logging.StreamHandler(sys.stdout)
+def configure_logging(level: str, stream: TextIO = sys.stdout) -> None:
+    """Send every log of the process as JSON lines to `stream`; safe to call twice.
+
+    Ours from `level` on; other libraries' from warnings on, since their chatter holds addresses with signatures.
+    """
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
-    logger.handlers[:] = [handler]
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
     logger.setLevel(level.upper())
-    logger.propagate = False
+    logging.captureWarnings(True)
 
 
 @contextmanager
@@ -109,3 +138,93 @@ class StageClock:
 def peak_memory_kb() -> int:
     """Largest resident memory this process ever had, in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# Upper bounds in seconds: a stage is a tenth of a second to half an hour.
+_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1800)
+
+
+class Metrics:
+    """What Prometheus reads at /metrics; names as its conventions have them (base units, `_total`, `_info`)."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._jobs = Counter("musetalk_jobs", "Jobs by how they ended.", ["result"], registry=self._registry)
+        self._errors = Counter(
+            "musetalk_job_errors", "Failed jobs by kind and stage.", ["error_type", "stage"], registry=self._registry
+        )
+        self._job_seconds = Histogram(
+            "musetalk_job_duration_seconds", "Whole jobs.", ["result"], buckets=_BUCKETS, registry=self._registry
+        )
+        self._stage_seconds = Histogram(
+            "musetalk_stage_duration_seconds", "Stages of jobs.", ["stage"], buckets=_BUCKETS, registry=self._registry
+        )
+        self._frames = Counter("musetalk_frames", "Output frames of finished jobs.", registry=self._registry)
+        self._info = Gauge(
+            "musetalk_build_info", "What runs here.", ["version", "model", "device", "torch"], registry=self._registry
+        )
+        self._readers: dict[str, tuple[str, Callable[[], float]]] = {}
+        self._memory: Callable[[], Mapping[str, float]] = dict
+        self._registry.register(_Live(self))
+        for result in ("succeeded", "failed", "cancelled", "rejected"):
+            self._jobs.labels(result)
+
+    def rejected(self) -> None:
+        """A job was refused because the worker could not take it."""
+        self._jobs.labels("rejected").inc()
+
+    def ended(self, clock: StageClock, error: BaseException | None, n_frames: int = 0) -> None:
+        """A job ended, well (None) or with `error`."""
+        result = "succeeded" if error is None else "failed"
+        if isinstance(error, MuseTalkError) and error.http_status == 409:
+            result = "cancelled"
+        self._jobs.labels(result).inc()
+        self._job_seconds.labels(result).observe(clock.total_s)
+        for stage, seconds in clock.seconds.items():
+            self._stage_seconds.labels(stage).observe(seconds)
+        self._frames.inc(n_frames)
+        if error is not None:
+            kind = error.error_type if isinstance(error, MuseTalkError) else "unknown_error"
+            self._errors.labels(kind, getattr(error, "stage", None) or "unknown").inc()
+
+    def built(self, **facts: str) -> None:
+        """What runs here, once the models are loaded: version, model, device, torch."""
+        self._info.clear()
+        self._info.labels(**facts).set(1)
+
+    def read(self, name: str, meaning: str, value: Callable[[], float]) -> None:
+        """Show `value()` as the gauge `name` at each look; a later reader of the same name replaces it."""
+        self._readers[name] = (meaning, value)
+
+    def read_gpu_memory(self, memory: Callable[[], Mapping[str, float]]) -> None:
+        """Show `memory()`, bytes by kind, at each look."""
+        self._memory = memory
+
+    def live(self) -> Iterator[GaugeMetricFamily]:
+        """The gauges that are read at this moment."""
+        for name, (meaning, value) in self._readers.items():
+            yield GaugeMetricFamily(name, meaning, value=value())
+        memory = GaugeMetricFamily("musetalk_gpu_memory_bytes", "GPU memory by kind.", labels=["kind"])
+        for kind, n_bytes in self._memory().items():
+            memory.add_metric([kind], n_bytes)
+        yield memory
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _Live:
+    """Lets the registry ask for the live gauges."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        """Nothing fixed: the gauges come as they are registered."""
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Called by the registry at each look."""
+        return self._metrics.live()

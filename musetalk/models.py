@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from errors import OutOfMemoryError, WeightsError
+from errors import WeightsError
 from musetalk import weights
 from musetalk.audio import AudioEncoder
 from musetalk.faces import FaceFinder, FaceParser, PoseFaceFinder
@@ -37,24 +34,6 @@ class Models:
     generator: Generator
     faces: FaceFinder
     parser: FaceParser
-
-
-def choose_device(wanted: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device; raises WeightsError when CUDA is wanted and absent."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise WeightsError("a GPU was asked for, but torch sees no CUDA device", retryable=True)
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Precision of the networks: `auto` is what the weights were published for.
-
-    On a GPU that is float16 (upstream's real-time path runs it); on a CPU float32, where half precision is slower.
-    """
-    named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if wanted in named:
-        return named[wanted]
-    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def find_version(models_dir: Path) -> weights.ModelVersion:
@@ -111,36 +90,3 @@ def load_models(
         faces=PoseFaceFinder(pose, detector, device=device, dtype=FACE_DTYPE),
         parser=FaceParser(parsing, device=device, dtype=FACE_DTYPE),
     )
-
-
-def configure_threads(wanted: int, device: torch.device) -> int:
-    """Set and return the number of CPU threads for tensor work; 0 chooses.
-
-    With a GPU one thread is right: what is left on the CPU is small, and more threads only spin (spec media.md 2.2).
-    """
-    n_threads = wanted or (1 if device.type == "cuda" else len(os.sched_getaffinity(0)))
-    torch.set_num_threads(n_threads)
-    return n_threads
-
-
-@contextmanager
-def gpu_errors() -> Iterator[None]:
-    """Turns torch's out-of-memory error, where no smaller batch is left to try, into ours (retryable elsewhere)."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        # The traceback is dropped: it holds the tensors that did not fit.
-        raise OutOfMemoryError("the GPU's memory is too small for this job", is_oom=True) from None
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Start counting the peak of GPU memory anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory_mib(device: torch.device) -> float | None:
-    """Largest GPU memory held since `reset_peak_memory`, in MiB; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.max_memory_allocated(device) / 2**20

@@ -24,10 +24,11 @@ from errors import CancelledError, MediaError, RequestError
 from musetalk import media
 from musetalk.audio import SAMPLE_RATE, audio_windows, n_output_frames
 from musetalk.blending import paste_planes
+from musetalk.devices import gpu_errors
 from musetalk.frame_store import FrameStore
 from musetalk.frames import UInt8Array
 from musetalk.geometry import Box
-from musetalk.models import Models, gpu_errors
+from musetalk.models import Models
 from musetalk.options import RenderOptions
 from musetalk.output_geometry import OutputPlan, parse_request, plan_output
 from musetalk.preparing import QUEUE_DEPTH, Batches, Record, SourcePreparer

@@ -1,8 +1,14 @@
-"""Prints the parts of README.md and .env.example that are derived from the code: `python -m tests.readme_tables`."""
+"""Writes the parts of README.md and .env.example that are derived from the code: `python -m tests.readme_tables`."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from config import VARIABLES
+from jobs import PARAMS
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def variables_table() -> str:
@@ -11,6 +17,11 @@ def variables_table() -> str:
         f"| `{variable.name}` | {f'`{variable.default}`' if variable.default else '–'} | {variable.meaning} |"
         for variable in VARIABLES
     )
+
+
+def params_table() -> str:
+    """The README's rows, one per parameter of a job."""
+    return "\n".join(f"| `{name}` | {param.meaning} |" for name, param in PARAMS.items())
 
 
 def env_example() -> str:
@@ -24,7 +35,16 @@ def env_example() -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_tables(readme: str) -> str:
+    """The README with the rows of both tables renewed."""
+    for head, rows in (("variable | default | meaning", variables_table()), ("`params` | meaning", params_table())):
+        pattern = rf"(\| {re.escape(head)} \|\n\|[-|]+\|\n)(?:\|.*\n)*"
+        readme, n_found = re.subn(pattern, lambda found, rows=rows: found[1] + rows + "\n", readme)  # type: ignore[misc]
+        assert n_found == 1, f"the README has {n_found} tables with the head {head}"
+    return readme
+
+
 if __name__ == "__main__":
-    print(variables_table())
-    print()
-    print(env_example())
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / ".env.example").write_text(env_example(), encoding="utf-8")

@@ -15,6 +15,9 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "jobs": {"errors"},
+    "openapi": {"jobs"},
+    "fitness": {"errors"},
+    "job_control": {"errors", "jobs"},
     "addresses": {"errors"},
     "connections": {"errors", "addresses"},
     "downloads": {"errors", "addresses", "connections"},
@@ -23,9 +26,15 @@ ALLOWED: dict[str, set[str]] = {
     "telemetry": {"errors", "jobs"},
     "orchestrator": {"errors", "config", "jobs", "telemetry"},
     "poller": {"errors", "jobs", "telemetry", "musetalk_core", "orchestrator"},
-    "musetalk_core": {"errors", "config", "jobs", "downloads", "storage", "telemetry", "musetalk"},
-    "app": {"errors", "config", "jobs", "telemetry", "musetalk_core", "orchestrator"},
-    "gunicorn.conf": {"config", "musetalk_core", "poller"},
+    "musetalk_core": {
+        *("errors", "config", "jobs", "downloads", "storage", "telemetry", "musetalk"),
+        *("fitness", "job_control", "command_line"),
+    },
+    "command_line": {"errors", "config", "jobs", "telemetry", "musetalk_core"},
+    # Of the model only its version.
+    "app": {"errors", "config", "jobs", "telemetry", "musetalk_core", "orchestrator", "openapi", "musetalk"},
+    "lifecycle": {"musetalk_core", "telemetry"},
+    "gunicorn.conf": {"errors", "config", "lifecycle", "musetalk_core", "poller"},
 }
 # What a part must never import, also not from outside.
 FORBIDDEN: dict[str, set[str]] = {

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
-from app import MAX_BODY_BYTES, create_app
+from app import create_app
 from config import load_settings
 from errors import MediaError, NoFaceError, OutOfMemoryError, UnavailableError
 from jobs import Job, JobResult
@@ -171,8 +171,8 @@ def test_http_errors_are_json_too(client: FlaskClient, method: str, path: str, s
         assert answer.headers["Allow"]
 
 
-def test_a_body_that_is_too_large_is_refused(client: FlaskClient) -> None:
-    answer = client.post("/generate", data=b" " * (MAX_BODY_BYTES + 1))
+def test_a_body_that_is_too_large_is_refused(client: FlaskClient, core: ScriptedCore) -> None:
+    answer = client.post("/generate", data=b" " * (core.settings.max_body_bytes + 1))
     assert answer.status_code == 413
     assert body_of(answer)["status"] == "failed"
 

@@ -84,14 +84,9 @@ def test_description_holds_json_values_only() -> None:
     assert "*.b.example" in described
 
 
-@pytest.mark.parametrize("document", ["README.md", ".env.example"])
-def test_documents_name_every_variable_with_its_default(document: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    for variable in VARIABLES:
-        if document == "README.md":
-            rows = [line for line in text.splitlines() if line.startswith(f"| `{variable.name}` |")]
-            assert len(rows) == 1, f"{variable.name} has {len(rows)} rows in {document}"
-            shown = f"`{variable.default}`" if variable.default else "–"
-            assert f"| {shown} | {variable.meaning} |" in rows[0]
-        else:
-            assert f"{variable.name}={variable.default}" in text
+def test_readme_and_env_example_name_every_variable_and_parameter_as_the_code_has_them() -> None:
+    from tests.readme_tables import env_example, with_tables
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_tables(readme) == readme
+    assert (ROOT / ".env.example").read_text(encoding="utf-8") == env_example()

@@ -1,0 +1,103 @@
+"""One video for a person: `python musetalk_core.py SOURCE AUDIO OUTPUT` with a progress bar and a summary."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from config import load_settings
+from errors import MuseTalkError
+from jobs import JobParams, Stage, parse_params
+from musetalk_core import Core, Rendered
+from telemetry import configure_logging
+
+
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Lip-sync SOURCE (video or still) to AUDIO and write the MP4 OUTPUT.")
+    parser.add_argument("source", type=Path)
+    parser.add_argument("audio", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a job parameter, VALUE as JSON: --param face_box=[10,20,200,260] --param parsing_mode=raw",
+    )
+    parser.add_argument("--aspect-ratio", help="crop around the face to a:b")
+    parser.add_argument("--resolution", help="Np (short side) or WxH")
+    return parser.parse_args(arguments)
+
+
+def _params_from(pairs: Sequence[str]) -> JobParams:
+    raw: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise SystemExit(f"--param needs NAME=VALUE, not {pair!r}")
+        try:
+            raw[name.replace("-", "_")] = json.loads(text)
+        except ValueError:
+            raw[name.replace("-", "_")] = text
+    params = parse_params(raw)
+    if params.ignored:
+        raise SystemExit(f"unknown --param: {', '.join(params.ignored)}")
+    return params
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status (0 made, 1 could not be made)."""
+    from tqdm import tqdm
+
+    configure_logging("warning", sys.stderr)
+    given = _parse_arguments(arguments)
+    try:
+        params = _params_from(given.param)
+        settings = load_settings()
+        core = Core(settings)
+        print(f"loading the models from {settings.models_dir}", file=sys.stderr)
+        core.load()
+        with tqdm(unit="frame", desc="validation", file=sys.stderr, dynamic_ncols=True) as bar:
+
+            def show(stage: Stage, done: int, total: int) -> None:
+                bar.set_description(stage)
+                if stage == "inference":
+                    bar.total = total
+                    bar.update(done - bar.n)
+
+            rendered = core.render(
+                given.source,
+                given.audio,
+                given.output,
+                params,
+                aspect_ratio=given.aspect_ratio,
+                resolution=given.resolution,
+                on_progress=show,
+            )
+    except MuseTalkError as error:
+        print(f"error{f' in {error.stage}' if error.stage else ''}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; no file was written", file=sys.stderr)
+        return 130
+    _print_summary(given.output, rendered)
+    return 0
+
+
+def _print_summary(output: Path, rendered: Rendered) -> None:
+    summary, clock = rendered.summary, rendered.clock
+    print(
+        f"{output}: {summary.n_frames} frames, {summary.width}x{summary.height}, {float(summary.rate):.3f} fps, "
+        f"{summary.duration_s:.3f} s, model {rendered.model}"
+    )
+    print(
+        f"source frames {summary.n_source_frames}, without a face {summary.n_without_face}, "
+        f"interpolated {summary.n_interpolated}"
+    )
+    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in clock.seconds.items())
+    print(f"{stages}; {summary.n_frames / max(clock.total_s, 1e-9):.2f} frames a second in all")
+    for warning in summary.warnings:
+        print(f"warning: {warning}")

@@ -1,0 +1,46 @@
+"""Whether the machine can do a job: room and rights on the disk. Knows folders, nothing of GPUs or jobs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from errors import DiskFullError
+
+_MIB = 2**20
+
+
+def folder_problem(folder: Path, name: str, min_free_mb: int) -> str | None:
+    """What keeps `folder` (the setting `name`) from taking a job's files, or None; makes the folder if it is absent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+            probe.flush()
+        free_mb = shutil.disk_usage(folder).free // _MIB
+    except OSError as error:
+        return f"{name} cannot be written ({error.strerror or type(error).__name__})"
+    if free_mb < min_free_mb:
+        return f"{name} has {free_mb} MiB free, MIN_FREE_DISK_MB asks for {min_free_mb}"
+    return None
+
+
+def check_room(folder: Path, min_free_mb: int) -> None:
+    """Raises DiskFullError when less than `min_free_mb` MiB are free where `folder` is."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    free_mb = shutil.disk_usage(folder).free // _MIB
+    if free_mb < min_free_mb:
+        raise DiskFullError(
+            "the disk has too little room for a job", free_mb=free_mb, min_free_mb=min_free_mb, kind="disk"
+        )
+
+
+def has_gpu_hardware(dev: Path = Path("/dev")) -> bool:
+    """Whether an NVIDIA card was given to this machine, whatever torch makes of it."""
+    try:
+        return any(name.removeprefix("nvidia").isdigit() for name in os.listdir(dev) if name.startswith("nvidia"))
+    except OSError:
+        return False

@@ -1,0 +1,183 @@
+"""The device the networks run on: which one, whether it is fit, its memory, and what its errors mean.
+
+Knows torch, nothing of networks or pictures.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from errors import GpuLostError, OutOfMemoryError, ProcessingError, WeightsError
+
+_MIB = 2**20
+# After one of these every further call of the process fails; torch's text is the only place that says which it was.
+_LOST_SIGNS = (
+    "illegal memory access",
+    "device-side assert",
+    "unspecified launch failure",
+    "misaligned address",
+    "illegal instruction",
+    "device is lost",
+    "gpu has fallen off the bus",
+    "uncorrectable ecc error",
+    "cudnn_status_execution_failed",
+    "cublas_status_execution_failed",
+    "cuda error",
+)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device; raises WeightsError when CUDA is wanted and absent."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise WeightsError("a GPU was asked for, but torch sees no CUDA device", retryable=True)
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def torch_version() -> str:
+    """The version of torch with its build, for logs and metrics."""
+    return str(torch.__version__)
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Precision of the networks: `auto` is what the weights were published for.
+
+    On a GPU that is float16 (upstream's real-time path runs it); on a CPU float32, where half precision is slower.
+    """
+    named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if wanted in named:
+        return named[wanted]
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def configure_threads(wanted: int, device: torch.device) -> int:
+    """Set and return the number of CPU threads for tensor work; 0 chooses.
+
+    With a GPU one thread is right: what is left on the CPU is small, and more threads only spin (spec media.md 2.2).
+    """
+    n_threads = wanted or (1 if device.type == "cuda" else len(os.sched_getaffinity(0)))
+    torch.set_num_threads(n_threads)
+    return n_threads
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether `error` says that this process can use the GPU no more."""
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    return any(sign in text for sign in _LOST_SIGNS)
+
+
+@contextmanager
+def gpu_errors() -> Iterator[None]:
+    """Turns torch's GPU errors into ours: out of memory where no smaller batch is left to try, and a lost GPU.
+
+    The traceback is dropped: it holds the tensors that did not fit.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise OutOfMemoryError("the GPU's memory is too small for this job", is_oom=True) from None
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise GpuLostError("the GPU failed and needs a new process", reason=_first_line(error)) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0][:200]
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """What is known of a GPU before it is used; memory in MiB."""
+
+    name: str
+    capability: tuple[int, int]
+    architectures: tuple[str, ...]
+    free_mib: int
+    total_mib: int
+
+
+def gpu_facts(device: torch.device) -> GpuFacts:
+    """The facts of a CUDA device; raises GpuLostError when it cannot even be asked."""
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+        return GpuFacts(
+            name=torch.cuda.get_device_name(device),
+            capability=torch.cuda.get_device_capability(device),
+            architectures=tuple(torch.cuda.get_arch_list()),
+            free_mib=free // _MIB,
+            total_mib=total // _MIB,
+        )
+    except RuntimeError as error:
+        raise GpuLostError("the GPU cannot be asked", reason=_first_line(error)) from None
+
+
+def gpu_problem(facts: GpuFacts, min_free_mib: int) -> str | None:
+    """Why a GPU with these facts cannot be used, or None.
+
+    A binary for the same major capability runs on a later minor one; `compute_XY` is compiled for any later card when
+    it is loaded (CUDA's compatibility rules).
+    """
+    major, minor = facts.capability
+    fits = any(_runs_on(name, major, minor) for name in facts.architectures)
+    if facts.architectures and not fits:
+        known = " ".join(facts.architectures)
+        return f"{facts.name} has compute capability {major}.{minor}, this torch is compiled for {known}"
+    if facts.free_mib < min_free_mib:
+        return (
+            f"{facts.name} has {facts.free_mib} of {facts.total_mib} MiB free, "
+            f"MIN_GPU_MEMORY_MB asks for {min_free_mib}"
+        )
+    return None
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    kind, _, number = architecture.partition("_")
+    digits = "".join(character for character in number if character.isdigit())
+    if not digits:
+        return False
+    built = (int(digits[:-1] or 0), int(digits[-1]))
+    if kind == "compute":
+        return built <= (major, minor)
+    return built[0] == major and built[1] <= minor
+
+
+def try_out(device: torch.device) -> None:
+    """A small product on the device, checked; raises ProcessingError when it fails or is wrong."""
+    numbers = torch.arange(64, dtype=torch.float32).reshape(8, 8)
+    with gpu_errors():
+        product = (numbers.to(device) @ numbers.to(device)).cpu()
+    if not torch.allclose(product, numbers @ numbers):
+        raise ProcessingError(f"the device {device} computes wrong numbers", retryable=False)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start counting the peak of GPU memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Largest GPU memory held since `reset_peak_memory`, in MiB; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / _MIB
+
+
+def memory_bytes(device: torch.device) -> dict[str, float]:
+    """GPU memory by kind (`total`, `used` by anyone, `allocated` and `peak` of this process); empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "total": float(total),
+        "used": float(total - free),
+        "allocated": float(torch.cuda.memory_allocated(device)),
+        "peak": float(torch.cuda.max_memory_allocated(device)),
+    }

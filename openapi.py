@@ -1,0 +1,203 @@
+"""The OpenAPI document the worker serves at /openapi.json; the parameters come from the tables the parser uses.
+
+Knows the wire, no Flask.
+"""
+
+from __future__ import annotations
+
+from jobs import ALWAYS_REPORTED, MAX_ID_LENGTH, MAX_TEXT_LENGTH, MAX_URL_LENGTH, PARAMS, STAGES
+
+Json = dict[str, object]
+
+_NUMBER: Json = {"type": ["number", "null"]}
+_TEXT: Json = {"type": "string"}
+_KEY_NOTE = "Callers on this machine need no key; others need X-Internal-API-Key when the worker has one."
+
+
+def document(version: str) -> Json:
+    """The whole document, OpenAPI 3.1."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "MuseTalk worker",
+            "version": version,
+            "description": "Lip-syncs a video or still to a speech track. One job at a time. " + _KEY_NOTE,
+        },
+        "paths": {
+            "/hc": {"get": _health()},
+            "/generate": {"post": _generate()},
+            "/generate/{job_id}": {"delete": _cancel()},
+            "/outputs/{name}": {"get": _output()},
+            "/metrics": {
+                "get": {
+                    "summary": "Metrics in Prometheus' text format",
+                    "responses": {"200": {"description": "Metrics", "content": {"text/plain": {"schema": _TEXT}}}},
+                }
+            },
+            "/openapi.json": {
+                "get": {"summary": "This document", "responses": {"200": _json("OpenAPI 3.1", {"type": "object"})}}
+            },
+        },
+        "components": {
+            "schemas": {
+                "Job": job_schema(),
+                "Result": result_schema(),
+                "Failure": failure_schema(),
+                "Health": health_schema(),
+            },
+            "securitySchemes": {"key": {"type": "apiKey", "in": "header", "name": "X-Internal-API-Key"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def job_schema() -> Json:
+    """The body of POST /generate."""
+    params: Json = {
+        name: {**param.schema, "description": param.meaning.replace("`", "")} for name, param in PARAMS.items()
+    }
+    address: Json = {"type": "string", "format": "uri", "pattern": "^https?://", "maxLength": MAX_URL_LENGTH}
+    return {
+        "type": "object",
+        "required": ["musetalk_job_id", "video_url", "audio_url"],
+        "properties": {
+            "musetalk_job_id": {
+                "type": "string",
+                "minLength": 1,
+                "maxLength": MAX_ID_LENGTH,
+                "description": "Names the output; the same id again replaces it.",
+            },
+            "video_url": {**address, "description": "Video or still."},
+            "audio_url": {**address, "description": "Anything that holds sound."},
+            "aspect_ratio": {"type": ["string", "null"], "maxLength": MAX_TEXT_LENGTH, "examples": ["9:16"]},
+            "resolution": {"type": ["string", "null"], "maxLength": MAX_TEXT_LENGTH, "examples": ["720p", "512x512"]},
+            "params": {"type": ["object", "null"], "properties": params},
+        },
+    }
+
+
+def result_schema() -> Json:
+    """The body of a finished job."""
+    metrics: Json = {
+        **dict.fromkeys(("GENERATION_TIME_SEC", "SCRIPT_WALL_TIME_SEC", "PEAK_VRAM_MIB", "PEAK_RAM_KB"), _NUMBER),
+        "gpu_class": _TEXT,
+        "stage_times": _stage_times(),
+        "total_time": _NUMBER,
+    }
+    return {
+        "type": "object",
+        "required": ["status", "output_url", "musetalk_job_id", "metrics"],
+        "properties": {
+            "status": {"const": "success"},
+            "output_url": _TEXT,
+            "musetalk_job_id": _TEXT,
+            "model": _TEXT,
+            "metrics": {"type": "object", "required": list(metrics), "properties": metrics},
+            "video": {"type": "object"},
+            "warnings": {"type": "array", "items": _TEXT},
+            "error": {"type": "null"},
+        },
+    }
+
+
+def failure_schema() -> Json:
+    """The body of every error."""
+    return {
+        "type": "object",
+        "required": ["status", "error_type", "error_message", "error", "stage", "details", "retryable", "stage_times"],
+        "properties": {
+            "status": {"const": "failed"},
+            "error_type": {"enum": ["media_error", "processing_error", "unknown_error"]},
+            "error_message": _TEXT,
+            "error": _TEXT,
+            "stage": {"enum": [*STAGES, "unknown"]},
+            "details": {"type": "object"},
+            "retryable": {"type": "boolean"},
+            "stage_times": {"type": "object"},
+            "musetalk_job_id": _TEXT,
+            "stack_trace": _TEXT,
+        },
+    }
+
+
+def health_schema() -> Json:
+    """The body of GET /hc."""
+    return {
+        "type": "object",
+        "required": ["status", "model"],
+        "properties": {
+            "status": {"enum": ["ok", "starting", "failed", "draining"]},
+            "model": {"type": ["string", "null"]},
+            "busy": {"type": "boolean"},
+            "reason": {"type": ["string", "null"]},
+        },
+    }
+
+
+def _stage_times() -> Json:
+    seconds: Json = {stage: {"type": "number"} for stage in STAGES}
+    return {"type": "object", "required": list(ALWAYS_REPORTED), "properties": seconds}
+
+
+def _json(description: str, schema: Json) -> Json:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _failures(*statuses: tuple[int, str]) -> Json:
+    return {str(status): _json(meaning, _ref("Failure")) for status, meaning in statuses}
+
+
+def _health() -> Json:
+    return {
+        "summary": "Whether the worker can do its work or is doing it",
+        "responses": {
+            "200": _json("Ready or busy", _ref("Health")),
+            "503": _json("Starting, shutting down or broken, with the reason", _ref("Health")),
+        },
+    }
+
+
+def _generate() -> Json:
+    return {
+        "summary": "Run one job and wait for its end",
+        "parameters": [{"name": "Salad-Job-Id", "in": "header", "required": False, "schema": _TEXT}],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("Job")}}},
+        "responses": {
+            "200": _json("The video is stored", _ref("Result")),
+            **_failures(
+                (401, "The key is missing or wrong"),
+                (403, "The request comes from a page of another site"),
+                (409, "The job was cancelled"),
+                (413, "The body is too large"),
+                (422, "The request or its media is at fault; sending it again would end the same way"),
+                (500, "The worker or what it leans on is at fault; `retryable` says which"),
+                (503, "Busy, starting or shutting down"),
+            ),
+        },
+    }
+
+
+def _cancel() -> Json:
+    return {
+        "summary": "Cancel the running job by any of its ids",
+        "parameters": [{"name": "job_id", "in": "path", "required": True, "schema": _TEXT}],
+        "responses": {
+            "202": _json("It stops within one chunk", {"type": "object"}),
+            **_failures((401, "The key is missing or wrong"), (404, "No such job runs here")),
+        },
+    }
+
+
+def _output() -> Json:
+    return {
+        "summary": "A finished file, when no bucket is configured",
+        "parameters": [{"name": "name", "in": "path", "required": True, "schema": _TEXT}],
+        "responses": {
+            "200": {"description": "The file", "content": {"video/mp4": {}, "application/json": {}}},
+            **_failures((401, "The key is missing or wrong"), (404, "No such file")),
+        },
+    }
