@@ -37,7 +37,7 @@ def create_app(core: Core | None = None) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.add_url_rule("/hc", view_func=health, methods=["GET"])
     app.add_url_rule("/generate", view_func=generate, methods=["POST"])
-    app.add_url_rule("/generate/<job_id>", view_func=cancel, methods=["DELETE"])
+    app.add_url_rule("/generate/<path:job_id>", view_func=cancel, methods=["DELETE"])
     app.add_url_rule("/outputs/<name>", view_func=output, methods=["GET"])
     app.add_url_rule("/metrics", view_func=metrics, methods=["GET"])
     app.add_url_rule("/openapi.json", view_func=openapi_document, methods=["GET"])

@@ -30,7 +30,9 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def start_worker(folder: Path, models: Path, orchestrator: FakeOrchestrator, **environment: str) -> Server:
+def start_worker(
+    folder: Path, models: Path, orchestrator: FakeOrchestrator, *, faulty: bool = False, **environment: str
+) -> Server:
     variables = {
         "BUFFER_WORKER_ID": WORKER,
         "ORCHESTRATOR_BASE_URL": orchestrator.url,
@@ -39,7 +41,7 @@ def start_worker(folder: Path, models: Path, orchestrator: FakeOrchestrator, **e
         "BUFFER_POLL_INTERVAL_SEC": "0.1",
         **environment,
     }
-    return Server(folder, models, **variables)
+    return Server(folder, models, faulty=faulty, **variables)
 
 
 @pytest.fixture
@@ -54,8 +56,8 @@ def start(tmp_path: Path, tiny_models: Path, orchestrator: FakeOrchestrator) -> 
     servers: list[Server] = []
     prepare(tmp_path)
 
-    def run(**environment: str) -> Server:
-        servers.append(start_worker(tmp_path, tiny_models, orchestrator, **environment))
+    def run(*, faulty: bool = False, **environment: str) -> Server:
+        servers.append(start_worker(tmp_path, tiny_models, orchestrator, faulty=faulty, **environment))
         return servers[-1]
 
     yield run

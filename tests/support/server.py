@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,21 @@ ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 120
 
 
+def wait_until(condition: Callable[[], object], limit_s: float = 60) -> None:
+    """Look again and again until the condition holds; fails after `limit_s`."""
+    ends = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < ends, "in vain"
+        time.sleep(0.02)
+
+
 class Server:
     """One Gunicorn process group, its address and its log; jobs are about the files in its media folder."""
 
     face_box = (50, 100, 142, 216)
 
-    def __init__(self, folder: Path, models: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, models: Path, *, faulty: bool = False, **environment: str) -> None:
+        """`faulty` runs the same worker with deliberate faults (`faulty.conf.py`), commanded in `folder/faults`."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -44,12 +55,17 @@ class Server:
             "WORK_DIR": str(folder / "work"),
             "ALLOW_FILE_URLS": "1",
             "FILE_URL_ROOTS": str(folder / "media"),
+            "FAULTS_DIR": str(folder / "faults"),
+            "MIN_FREE_DISK_MB": "16",
             **environment,
         }
         (folder / "media").mkdir(exist_ok=True)
+        self.faults = folder / "faults"
+        self.faults.mkdir(exist_ok=True)
+        configuration = ROOT / "tests/support/faulty.conf.py" if faulty else ROOT / "gunicorn.conf.py"
         self.log = self.log_path.open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "--config", str(ROOT / "gunicorn.conf.py")],
+            [sys.executable, "-m", "gunicorn", "--config", str(configuration)],
             cwd=ROOT,
             env=variables,
             stdout=self.log,
@@ -85,6 +101,27 @@ class Server:
             "params": {"face_box": list(self.face_box)},
             **fields,
         }
+
+    def command(self, name: str) -> None:
+        """Give a command to the faulty worker."""
+        (self.faults / name).touch()
+
+    def release(self, name: str) -> None:
+        """Take a command back."""
+        (self.faults / name).unlink(missing_ok=True)
+
+    def wait_held(self, stage: str, limit_s: float = 60) -> None:
+        """Wait until a job waits at the stage that was commanded."""
+        wait_until((self.faults / f"held-{stage}").exists, limit_s)
+
+    def leftovers(self) -> list[str]:
+        """Folders of jobs in the work folder."""
+        return [path.name for path in (self.folder / "work").glob("job-*")]
+
+    def entries(self, message: str) -> list[dict[str, Any]]:
+        """Log lines with this message."""
+        lines = [json.loads(line) for line in self.log_text().splitlines() if line.startswith("{")]
+        return [line for line in lines if line["message"] == message]
 
     def log_text(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,78 @@
+"""The project's own Gunicorn configuration, in a worker that waits or fails where the test's folder says.
+
+Files in FAULTS_DIR are the commands: `hold-<stage>` makes the next job wait when it enters that stage (`held-<stage>`
+appears, and it goes on when the command is gone); `fail-<kind>` makes the networks or the disk fail once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import runpy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parents[2]
+_own = runpy.run_path(str(_ROOT / "gunicorn.conf.py"))
+globals().update({name: value for name, value in _own.items() if not name.startswith("__")})
+_folder = Path(os.environ["FAULTS_DIR"])
+
+
+def _take(name: str) -> bool:
+    """Whether the command was given; it is used up by that."""
+    try:
+        (_folder / name).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _install() -> None:
+    import torch
+
+    from musetalk.generator import Generator
+    from musetalk.media import VideoWriter
+    from telemetry import StageClock
+
+    stage_of, generate, write = StageClock.stage, Generator.generate, VideoWriter.write
+
+    @contextmanager
+    def stage(self: StageClock, name: Any) -> Iterator[None]:
+        with stage_of(self, name):
+            if (_folder / f"hold-{name}").exists():
+                (_folder / f"held-{name}").touch()
+                while (_folder / f"hold-{name}").exists():
+                    time.sleep(0.02)
+            yield
+
+    def faulty_generate(self: Generator, latents: Any, windows: Any) -> Any:
+        if _take("fail-lost"):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nsecret detail of the driver")
+        if _take("fail-memory-once"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if (_folder / "fail-memory").exists():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if _take("fail-odd"):
+            raise KeyError("/a/path/of/ours")
+        while (_folder / "slow").exists():
+            time.sleep(0.2)
+            break
+        return generate(self, latents, windows)
+
+    def faulty_write(self: VideoWriter, planes: Any) -> None:
+        if _take("fail-disk"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/path/of/ours")
+        write(self, planes)
+
+    StageClock.stage = stage  # type: ignore[method-assign]
+    Generator.generate = faulty_generate  # type: ignore[method-assign]
+    VideoWriter.write = faulty_write  # type: ignore[method-assign]
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """The faults first, then the worker's own hook."""
+    _install()
+    _own["post_fork"](server, worker)
