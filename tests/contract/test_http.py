@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from flask.testing import FlaskClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
+import openapi
 from app import create_app
 from config import load_settings
 from errors import MediaError, NoFaceError, OutOfMemoryError, UnavailableError
@@ -25,12 +28,9 @@ GOOD = {"musetalk_job_id": "job-1", "video_url": "https://host/a.mp4", "audio_ur
 class ScriptedCore(Core):
     """A real core whose work is replaced: `outcome` is returned or raised."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(
-            load_settings(
-                {"OUTPUT_DIR": str(folder / "outputs"), "WORK_DIR": str(folder / "work"), "GPU_CLASS": "RTX"}, None
-            )
-        )
+    def __init__(self, folder: Path, **environment: str) -> None:
+        folders = {"OUTPUT_DIR": str(folder / "outputs"), "WORK_DIR": str(folder / "work")}
+        super().__init__(load_settings({**folders, "GPU_CLASS": "RTX", **environment}, None))
         self.state = Readiness("ready", "v15")
         self.jobs: list[Job] = []
         self.outcome: BaseException | JobResult | None = None
@@ -209,3 +209,89 @@ def test_no_body_whatever_causes_a_500(client: FlaskClient, core: ScriptedCore, 
     assert answer.status_code in (200, 422)
     assert answer.is_json
     assert "Traceback" not in answer.text
+
+
+# -- who may call -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[tuple[FlaskClient, ScriptedCore]]:
+    """A worker with a key."""
+    core = ScriptedCore(tmp_path, INTERNAL_API_KEY="the-key")
+    core.outcome = a_result()
+    with create_app(core=core).test_client() as client:
+        yield client, core
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1"])
+def test_callers_on_this_machine_need_no_key(guarded: tuple[FlaskClient, ScriptedCore], address: str) -> None:
+    answer = guarded[0].post("/generate", json=GOOD, environ_base={"REMOTE_ADDR": address})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5", "::ffff:10.0.0.5", "2001:db8::1", "fe80::1%eth0", ""])
+@pytest.mark.parametrize("key", [None, "", "wrong", "the-ke", "the-key-\xfc"])
+def test_others_without_the_right_key_are_refused(
+    guarded: tuple[FlaskClient, ScriptedCore], address: str, key: str | None
+) -> None:
+    client, core = guarded
+    headers = {} if key is None else {"X-Internal-API-Key": key}
+    for method, path in (("POST", "/generate"), ("DELETE", "/generate/x"), ("GET", "/metrics"), ("GET", "/outputs/a")):
+        answer = client.open(path, method=method, json=GOOD, headers=headers, environ_base={"REMOTE_ADDR": address})
+        assert answer.status_code == 401, path
+        assert body_of(answer)["status"] == "failed"
+    assert core.jobs == []
+
+
+def test_the_right_key_passes_from_anywhere_and_probes_need_none(guarded: tuple[FlaskClient, ScriptedCore]) -> None:
+    far = {"REMOTE_ADDR": "203.0.113.9"}
+    key = {"X-Internal-API-Key": "the-key"}
+    assert guarded[0].post("/generate", json=GOOD, headers=key, environ_base=far).status_code == 200
+    assert guarded[0].get("/hc", environ_base=far).status_code == 200
+
+
+@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "X-Real-IP"])
+def test_what_a_proxy_on_this_machine_passes_on_is_not_from_this_machine(
+    guarded: tuple[FlaskClient, ScriptedCore], header: str
+) -> None:
+    assert guarded[0].post("/generate", json=GOOD, headers={header: "127.0.0.1"}).status_code == 401
+
+
+def test_pages_of_other_sites_are_refused(client: FlaskClient, core: ScriptedCore) -> None:
+    core.outcome = a_result()
+    for origin, status in (("https://evil.example", 403), ("null", 403), ("http://localhost", 200)):
+        answer = client.post("/generate", json=GOOD, headers={"Origin": origin})
+        assert answer.status_code == status, origin
+
+
+# -- cancelling, metrics, the document --------------------------------------------------------------------------------
+
+
+def test_a_job_that_does_not_run_cannot_be_cancelled(client: FlaskClient) -> None:
+    answer = client.delete("/generate/job-1")
+    assert answer.status_code == 404
+    assert body_of(answer)["status"] == "failed"
+
+
+def test_metrics_and_the_document_are_served(client: FlaskClient) -> None:
+    answer = client.get("/metrics")
+    assert answer.content_type.startswith("text/plain; version=0.0.4")
+    assert "musetalk_model_ready 1.0" in answer.text
+    paths = body_of(client.get("/openapi.json"))["paths"]
+    rules = {re.sub(r"<(?:path:)?(\w+)>", r"{\1}", rule.rule) for rule in client.application.url_map.iter_rules()}
+    assert set(paths) == rules
+
+
+def test_answers_are_what_the_document_says(client: FlaskClient, core: ScriptedCore) -> None:
+    def check(answer: TestResponse, schema: dict[str, object]) -> None:
+        jsonschema.validate(body_of(answer), schema)
+
+    check(client.get("/hc"), openapi.health_schema())
+    core.outcome = a_result()
+    check(client.post("/generate", json=GOOD), openapi.result_schema())
+    check(client.post("/generate", json={}), openapi.failure_schema())
+    for error in (UnavailableError("busy"), KeyError("x"), NoFaceError("none")):
+        core.outcome = error
+        check(client.post("/generate", json=GOOD), openapi.failure_schema())
+    for method, path in (("GET", "/generate"), ("GET", "/nothing"), ("DELETE", "/generate/x")):
+        check(client.open(path, method=method), openapi.failure_schema())

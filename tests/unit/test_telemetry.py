@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
-from errors import MediaError
-from telemetry import JsonFormatter, StageClock, job_logging
+from errors import JobCancelledError, MediaError
+from telemetry import JsonFormatter, Metrics, StageClock, job_logging, keep_secret
 
 
 def formatted(message: str, **extra: object) -> dict[str, object]:
@@ -70,3 +70,47 @@ def test_an_exception_is_told_with_places_but_without_folders() -> None:
     text = json.loads(JsonFormatter().format(record))["exception"]
     assert text.startswith("RuntimeError: broken (test_telemetry.py:")
     assert "/" not in text
+
+
+def test_signatures_users_and_secrets_are_never_logged() -> None:
+    keep_secret(["very-secret-key", None, ""])
+    entry = formatted(
+        "fetching https://user:word@host.example/a/b.mp4?X-Signature=abc&x=1#part failed",
+        url="https://host.example/c?token=abc",
+        header="X-Internal-API-Key: very-secret-key",
+    )
+    text = json.dumps(entry)
+    for hidden in ("abc", "word", "very-secret-key", "X-Signature"):
+        assert hidden not in text
+    assert "https://host.example/a/b.mp4?..." in text
+
+
+def test_metrics_count_ends_by_result_and_stage() -> None:
+    metrics = Metrics()
+    clock = StageClock()
+    with clock.stage("inference"):
+        pass
+    metrics.ended(clock, None, 25)
+    failed = MediaError("broken")
+    failed.stage = "download"
+    metrics.ended(clock, failed)
+    metrics.ended(clock, JobCancelledError("the job was cancelled"))
+    metrics.rejected()
+    metrics.built(version="1", model="v15", device="cpu", torch="2")
+    metrics.read("musetalk_heartbeat_age_seconds", "Age.", lambda: 3.5)
+    metrics.read_gpu_memory(lambda: {"used": 5.0})
+    text = metrics.text().decode()
+    for line in (
+        'musetalk_jobs_total{result="succeeded"} 1.0',
+        'musetalk_jobs_total{result="failed"} 1.0',
+        'musetalk_jobs_total{result="cancelled"} 1.0',
+        'musetalk_jobs_total{result="rejected"} 1.0',
+        'musetalk_job_errors_total{error_type="media_error",stage="download"} 1.0',
+        "musetalk_frames_total 25.0",
+        "musetalk_heartbeat_age_seconds 3.5",
+        'musetalk_gpu_memory_bytes{kind="used"} 5.0',
+        'musetalk_build_info{device="cpu",model="v15",torch="2",version="1"} 1.0',
+        'musetalk_stage_duration_seconds_count{stage="inference"} 3.0',
+    ):
+        assert line in text.splitlines(), line
+    assert "process_resident_memory_bytes" in text

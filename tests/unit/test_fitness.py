@@ -1,0 +1,42 @@
+"""Room and rights on the disk; whether there is a card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from errors import DiskFullError
+from fitness import check_room, folder_problem, has_gpu_hardware
+
+
+def test_a_folder_is_made_and_fit(tmp_path: Path) -> None:
+    folder = tmp_path / "a/b"
+    assert folder_problem(folder, "WORK_DIR", 1) is None
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_with_too_little_room_says_how_much(tmp_path: Path) -> None:
+    problem = folder_problem(tmp_path, "WORK_DIR", 2**40)
+    assert problem is not None
+    assert problem.startswith("WORK_DIR has ")
+    with pytest.raises(DiskFullError) as caught:
+        check_room(tmp_path / "not/there/yet", 2**40)
+    assert caught.value.retryable
+    check_room(tmp_path / "not/there/yet", 1)
+
+
+def test_a_folder_that_cannot_be_made_is_named_by_its_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    problem = folder_problem(tmp_path / "file/below", "OUTPUT_DIR", 1)
+    assert problem is not None
+    assert problem.startswith("OUTPUT_DIR cannot be written")
+    assert str(tmp_path) not in problem
+
+
+@pytest.mark.parametrize(("names", "expected"), [((), False), (("nvidiactl",), False), (("nvidia0", "null"), True)])
+def test_a_card_is_seen_by_its_device_file(tmp_path: Path, names: tuple[str, ...], expected: bool) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    assert has_gpu_hardware(tmp_path) is expected
+    assert has_gpu_hardware(tmp_path / "absent") is False

@@ -1,0 +1,95 @@
+"""What a signal's word leads to, with a core and a claim loop that only take notes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+import lifecycle
+from lifecycle import EXIT_ABORTED, EXIT_RESTART, Lifecycle
+
+
+class Notes:
+    """A core, a claim loop and a process that note what is done to them."""
+
+    def __init__(self) -> None:
+        self.done: list[Any] = []
+        self.on_lost: Any = None
+        self.changed = threading.Condition()
+        self.is_running = True
+
+    def note(self, what: Any) -> None:
+        with self.changed:
+            self.done.append(what)
+            self.changed.notify_all()
+
+    def drain(self) -> None:
+        self.note("drain")
+
+    def stop(self) -> None:
+        self.note("stop claiming")
+
+    def stop_running(self, reason: str) -> bool:
+        self.note(f"stop the job: {reason}")
+        return self.is_running
+
+    def wait_for(self, what: Any) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: what in self.done, 10), self.done
+
+
+@pytest.fixture
+def notes() -> Notes:
+    return Notes()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "ABORT_S", 0.01)
+    monkeypatch.setattr(lifecycle, "RESTART_S", 0.2)
+    monkeypatch.setattr(lifecycle, "LAST_WORDS_S", 0.0)
+
+
+def make(notes: Notes, graceful_s: float) -> Lifecycle:
+    life = Lifecycle(
+        notes,  # type: ignore[arg-type]
+        lambda: notes,
+        graceful_s=graceful_s,
+        exit_now=lambda status: notes.note(("exit", status)),
+        end_process=lambda: notes.note("end the process"),
+    )
+    life.start()
+    return life
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_stop_drains_and_stops_the_job_only_when_the_time_is_over(notes: Notes) -> None:
+    life = make(notes, 0.3)
+    life.say("stop")
+    notes.wait_for("stop claiming")
+    assert "stop the job: shutdown" not in notes.done
+    notes.wait_for("stop the job: shutdown")
+    assert ("exit", EXIT_ABORTED) not in notes.done
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_abort_stops_the_job_and_exits(notes: Notes) -> None:
+    life = make(notes, 1000)
+    life.say("stop")
+    notes.wait_for("stop claiming")
+    life.say("stop")
+    life.say("abort")
+    notes.wait_for(("exit", EXIT_ABORTED))
+    assert notes.done.index("stop the job: shutdown") < notes.done.index(("exit", EXIT_ABORTED))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lost_core_ends_the_process_in_good_order_or_in_any(notes: Notes) -> None:
+    make(notes, 1000)
+    notes.on_lost("the GPU is gone")
+    notes.wait_for("end the process")
+    assert "stop claiming" in notes.done
+    # Nobody ended it: it is cut off.
+    notes.wait_for(("exit", EXIT_RESTART))
