@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,15 @@ class Server:
 
     face_box = (50, 100, 142, 216)
 
-    def __init__(self, folder: Path, models: Path, *, faulty: bool = False, **environment: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        models: Path,
+        *,
+        faulty: bool = False,
+        command: Sequence[str] | None = None,
+        **environment: str,
+    ) -> None:
         """`faulty` runs the same worker with deliberate faults (`faulty.conf.py`), commanded in `folder/faults`."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -65,7 +73,7 @@ class Server:
         configuration = ROOT / "tests/support/faulty.conf.py" if faulty else ROOT / "gunicorn.conf.py"
         self.log = self.log_path.open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "--config", str(configuration)],
+            command or [sys.executable, "-m", "gunicorn", "--config", str(configuration)],
             cwd=ROOT,
             env=variables,
             stdout=self.log,

@@ -10,11 +10,11 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis_jsonschema import from_schema
 
 from errors import RequestError
 from jobs import PARAMS, parse_job
 from openapi import document, job_schema
+from tests.support.schemas import values_of
 
 GOOD = {"musetalk_job_id": "job-1", "video_url": "https://host/a.mp4", "audio_url": "https://host/a.wav"}
 
@@ -28,8 +28,14 @@ def test_the_document_is_json_and_its_references_lead_somewhere() -> None:
         jsonschema.Draft202012Validator.check_schema(schema)
 
 
+def schema_of(name: str) -> st.SearchStrategy[Any]:
+    """Values that the document allows for a parameter."""
+    schema: Any = PARAMS[name].schema
+    return values_of(schema)
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(sorted(PARAMS)).flatmap(lambda name: st.tuples(st.just(name), from_schema(PARAMS[name].schema))))
+@given(st.sampled_from(sorted(PARAMS)).flatmap(lambda name: st.tuples(st.just(name), schema_of(name))))
 def test_every_parameter_the_document_allows_is_read(pair: tuple[str, Any]) -> None:
     name, value = pair
     if name == "face_box" and value is not None and (value[2] <= value[0] or value[3] <= value[1]):
