@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import psutil
 import pytest
 
 from tests.e2e.test_render import make_audio, make_source
-from tests.support.fake_orchestrator import Answer, FakeOrchestrator, Times
-from tests.support.server import Server
+from tests.support.fake_orchestrator import Answer, Call, FakeOrchestrator, Times
+from tests.support.server import Server, wait_until
 
 KEY = "key-of-this-test"
 WORKER = "worker/1 ü"
@@ -308,3 +310,151 @@ def test_queue_mode_tells_progress_and_its_end(
     assert failed["status"] == "failed"
     assert failed["error"].startswith("media_error at download")
     assert orchestrator.of("claim") == orchestrator.of("heartbeat") == []
+
+
+# -- the orchestrator is not what it should be ------------------------------------------------------------------------
+
+
+def test_an_orchestrator_that_comes_up_late_is_served_and_told_of_once(tmp_path: Path, tiny_models: Path) -> None:
+    prepare(tmp_path)
+    late = FakeOrchestrator()
+    server = start_worker(tmp_path, tiny_models, late)
+    try:
+        server.wait_for(200)
+        wait_until(lambda: server.entries("heartbeats are not accepted"))
+        with late:
+            late.jobs.append(claimed(server, 1))
+            late.wait_for(lambda: late.of("status"), limit_s=90)
+            assert late.of("status")[0].body["status"] == "succeeded"
+            assert late.calls[0].kind == "heartbeat"
+        # One line for each change and not for each try.
+        assert len(server.entries("heartbeats are not accepted")) == 1
+        assert len(server.entries("heartbeats are accepted")) == 1
+    finally:
+        server.stop()
+
+
+def test_an_orchestrator_that_hangs_stretches_neither_heartbeats_nor_the_job(pair: Pair) -> None:
+    """Every progress call and some heartbeats are accepted and never answered while a job runs."""
+    server, orchestrator = pair
+    released = threading.Event()
+
+    def hang(call: Call) -> Answer | None:
+        if call.kind == "progress" or (call.kind == "heartbeat" and call.body["status"] == "busy"):
+            released.wait(20)
+            return Answer(None)
+        return None
+
+    orchestrator.faults.append(hang)
+    begun = time.monotonic()
+    orchestrator.jobs.append(claimed(server, 70))
+    orchestrator.wait_for(lambda: orchestrator.of("status", "buffer/70"), limit_s=90)
+    taken = time.monotonic() - begun
+    orchestrator.faults.clear()
+    released.set()
+    assert orchestrator.of("status", "buffer/70")[0].body["status"] == "succeeded"
+    # Only the sender's last call, whose time is limited, may be waited for.
+    assert taken < 30
+    times = [call.time for call in orchestrator.of("heartbeat") if call.time >= begun]
+    assert all(later - earlier <= 12 for earlier, later in zip(times, times[1:], strict=False))
+
+
+def test_an_end_that_nobody_wants_any_more_is_dropped_after_one_line(pair: Pair) -> None:
+    server, orchestrator = pair
+    for number, status in ((80, 404), (81, 409)):
+        orchestrator.faults.append(Times("status", 1, Answer(status)))
+        orchestrator.jobs.append(claimed(server, number, video_url="ftp://host/x"))
+        orchestrator.wait_for(lambda number=number: orchestrator.of("status", f"buffer/{number}"))  # type: ignore[misc]
+        orchestrator.jobs.append(claimed(server, number + 5, video_url="ftp://host/x"))
+        orchestrator.wait_for(lambda number=number: orchestrator.of("status", f"buffer/{number + 5}"))  # type: ignore[misc]
+        assert len(orchestrator.of("status", f"buffer/{number}")) == 1
+        orchestrator.faults.clear()
+    assert len(server.entries("the end of a job was not taken and is dropped")) == 2
+
+
+def test_a_worker_without_weights_never_claims(tmp_path: Path, orchestrator: FakeOrchestrator) -> None:
+    prepare(tmp_path)
+    (tmp_path / "empty").mkdir()
+    server = start_worker(tmp_path, tmp_path / "empty", orchestrator)
+    try:
+        orchestrator.wait_for(
+            lambda: any("unet.pth" in (call.body["error"] or "") for call in orchestrator.of("heartbeat")), limit_s=60
+        )
+        assert orchestrator.of("claim") == []
+    finally:
+        server.stop()
+
+
+# -- two doors, one GPU -----------------------------------------------------------------------------------------------
+
+
+def test_one_job_at_a_time_whichever_door_it_came_through(start: StartServer, orchestrator: FakeOrchestrator) -> None:
+    server = start(faulty=True)
+    server.wait_for(200)
+    server.command("hold-inference")
+    orchestrator.jobs.append(claimed(server, 1))
+    server.wait_held("inference")
+    n_claims = len(orchestrator.of("claim"))
+    refused = server.post(server.job("posted"))
+    assert (refused.status_code, refused.json()["retryable"]) == (503, True)
+    assert server.health()[0] == 200
+    # Not one claim while the job runs, though jobs are there.
+    orchestrator.jobs.append(claimed(server, 2))
+    orchestrator.wait_for(lambda: len([c for c in orchestrator.of("heartbeat") if c.body["status"] == "busy"]) >= 1)
+    assert len(orchestrator.of("claim")) == n_claims
+    server.release("hold-inference")
+    orchestrator.wait_for(lambda: orchestrator.of("status", "buffer/2"), limit_s=90)
+    assert [call.body["status"] for call in orchestrator.of("status")] == ["succeeded", "succeeded"]
+
+
+def test_a_claimed_job_is_cancelled_by_the_answer_to_a_heartbeat(
+    start: StartServer, orchestrator: FakeOrchestrator
+) -> None:
+    server = start(faulty=True)
+    server.wait_for(200)
+    server.command("slow")
+    orchestrator.jobs.append(long_job(server, 1))
+    wait_until_running(orchestrator, 1)
+    orchestrator.faults.append(Times("heartbeat", 1, Answer(200, b'{"detail": "ok", "cancel": ["buffer/1"]}')))
+    orchestrator.wait_for(lambda: orchestrator.of("status"), limit_s=60)
+    body = orchestrator.of("status")[0].body
+    assert (body["status"], body["retryable"]) == ("failed", False)
+    assert "the job was cancelled" in body["error"]
+    assert server.leftovers() == []
+
+
+def test_a_lost_gpu_is_reported_and_the_next_process_goes_on(
+    start: StartServer, orchestrator: FakeOrchestrator
+) -> None:
+    server = start(faulty=True)
+    server.wait_for(200)
+    server.command("fail-lost")
+    orchestrator.jobs.append(claimed(server, 1))
+    orchestrator.wait_for(lambda: orchestrator.of("status", "buffer/1"), limit_s=90)
+    body = orchestrator.of("status", "buffer/1")[0].body
+    assert (body["status"], body["retryable"], body["stage"]) == ("failed", True, "inference")
+    orchestrator.jobs.append(claimed(server, 2))
+    orchestrator.wait_for(lambda: orchestrator.of("status", "buffer/2"), limit_s=90)
+    assert orchestrator.of("status", "buffer/2")[0].body["status"] == "succeeded"
+    assert any("GPU" in (call.body["error"] or "") for call in orchestrator.of("heartbeat"))
+    assert len(orchestrator.of("status", "buffer/1")) == 1
+
+
+def test_a_second_sigterm_ends_at_once_and_the_job_is_handed_back_by_the_next_process(
+    start: StartServer, orchestrator: FakeOrchestrator
+) -> None:
+    server = start(faulty=True)
+    server.wait_for(200)
+    server.command("hold-inference")
+    orchestrator.jobs.append(claimed(server, 1))
+    server.wait_held("inference")
+    server.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: server.entries("Handling signal: term"))
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(10)
+    assert orchestrator.of("status") == []
+    server.release("hold-inference")
+    start(faulty=True)
+    orchestrator.wait_for(lambda: orchestrator.of("status"), limit_s=90)
+    body = orchestrator.of("status")[0].body
+    assert (body["status"], body["retryable"]) == ("failed", True)

@@ -1,0 +1,1 @@
+"""Programs to try the worker with; not part of it."""
