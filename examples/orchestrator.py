@@ -7,7 +7,8 @@
     python examples/orchestrator.py submit face.mp4 speech.wav         # a third: shows progress, prints the address
 
 It speaks the worker's protocol: heartbeats, claims, ends of jobs, progress. A job whose worker is silent for 30
-seconds, or that failed in a way worth retrying, is handed out again, four times at most. Everything is in one SQLite file.
+seconds, or that failed in a way worth retrying, is handed out again, four times at most. Everything is in one file of
+SQLite.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ CREATE TABLE IF NOT EXISTS workers (
 CREATE TABLE IF NOT EXISTS jobs (
   id TEXT PRIMARY KEY, musetalk_job_id TEXT NOT NULL, request TEXT NOT NULL, created REAL NOT NULL,
   state TEXT NOT NULL DEFAULT 'queued', worker TEXT, attempts INTEGER NOT NULL DEFAULT 0,
-  cancel INTEGER NOT NULL DEFAULT 0, phase TEXT, progress REAL NOT NULL DEFAULT 0, output_url TEXT, metrics TEXT, error TEXT);
+  cancel INTEGER NOT NULL DEFAULT 0, phase TEXT, progress REAL NOT NULL DEFAULT 0, output_url TEXT,
+  metrics TEXT, error TEXT);
 """
 
 

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +357,7 @@ def test_an_orchestrator_that_hangs_stretches_neither_heartbeats_nor_the_job(pai
     # Only the sender's last call, whose time is limited, may be waited for.
     assert taken < 30
     times = [call.time for call in orchestrator.of("heartbeat") if call.time >= begun]
-    assert all(later - earlier <= 12 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier <= 12 for earlier, later in pairwise(times))
 
 
 def test_an_end_that_nobody_wants_any_more_is_dropped_after_one_line(pair: Pair) -> None:
