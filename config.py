@@ -105,7 +105,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("GRACEFUL_TIMEOUT_SEC", "graceful_timeout_s", _seconds(1, 3600), "Time from SIGTERM to the end of the process; ten seconds before it a running job is handed back as retryable.", "120"),
     Variable("MAX_BODY_BYTES", "max_body_bytes", _whole(1024, 2**30), "Largest body of a request.", "1000000"),
     # Model
-    Variable("MUSETALK_MODEL", "model", _choice("auto", "v15", "v1"), "Which weights to run; `auto` takes v1.5, else v1.0, whichever is there.", "auto"),
+    Variable("MUSETALK_MODEL", "model", _choice("auto", "v15", "v1", "demo"), "Which weights to run; `auto` takes v1.5, else v1.0, else the demo model when no official file is there.", "auto"),
     Variable("MUSETALK_MODELS_DIR", "models_dir", _path, "Folder with the official `models/` layout.", "models"),
     Variable("MUSETALK_UNET_MODEL_PATH", "unet_path", _path, "Another UNet weights file than the layout's."),
     Variable("MUSETALK_UNET_CONFIG", "unet_config_path", _path, "Another UNet configuration file than the layout's."),

@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from config import Settings, load_settings
+from config import ROOT, Settings, load_settings
 from downloads import MIN_MEDIA_BYTES, DownloadSettings, fetch
 from errors import (
     CancelledError,
@@ -44,12 +44,15 @@ if TYPE_CHECKING:
     from musetalk.models import Models
     from musetalk.options import RenderOptions
     from musetalk.render import RenderSummary
+    from musetalk.weights import ModelVersion
 
 State = Literal["starting", "ready", "busy", "failed", "draining"]
 OnProgress = Callable[[Stage, int, int], None]
 ShouldStop = Callable[[], bool]
 
 WORK_PREFIX = "job-"
+# The small model that comes with the project.
+DEMO_MODELS = ROOT / "demo/models"
 # A queue that lost our answer sends the same job again within minutes; its result is kept so long.
 KEPT_RESULTS = 50
 KEPT_RESULTS_S = 3600.0
@@ -99,7 +102,9 @@ class _Run:
         """The block is stage `name`: timed, limited, told."""
         self.control.begin(name)
         with self.clock.stage(name):
-            self.on_progress(name, 0, 1)
+            # Inference tells its own progress, in frames.
+            if name != "inference":
+                self.on_progress(name, 0, 1)
             yield
 
 
@@ -157,11 +162,11 @@ class Core:
 
     def _load_models(self) -> Models:
         from musetalk import __version__, devices
-        from musetalk.models import find_version, load_models
+        from musetalk.models import load_models
         from musetalk.warming import warm_up
 
         settings = self.settings
-        version: Any = find_version(settings.models_dir) if settings.model == "auto" else settings.model
+        version, models_dir = self._choose_model()
         device = devices.choose_device(settings.device)
         if device.type == "cpu" and settings.device == "auto" and has_gpu_hardware():
             raise WeightsError(
@@ -177,7 +182,7 @@ class Core:
         devices.try_out(device)
         started = time.monotonic()
         models = load_models(
-            settings.models_dir,
+            models_dir,
             version,
             device=device,
             dtype=devices.choose_dtype(settings.dtype, device),
@@ -201,6 +206,25 @@ class Core:
             },
         )
         return models
+
+    def _choose_model(self) -> tuple[ModelVersion, Path]:
+        """Which weights, and where they lie; raises WeightsError."""
+        from musetalk.models import find_version
+
+        settings = self.settings
+        if settings.model == "demo":
+            return "demo", DEMO_MODELS
+        if settings.model != "auto":
+            version: Any = settings.model
+            return version, settings.models_dir
+        version, models_dir = find_version(settings.models_dir, DEMO_MODELS)
+        if version == "demo":
+            logger.warning(
+                "NO OFFICIAL WEIGHTS FOUND: the small demo model runs; it is made for the demo portrait, not for real "
+                "faces (MUSETALK_MODEL=v15 refuses to start instead)",
+                extra={"models_dir": str(settings.models_dir)},
+            )
+        return version, models_dir
 
     def _choose_encoder(self, models: Models) -> EncoderSettings:
         from musetalk import media
@@ -499,6 +523,8 @@ class Core:
                 scratch_disk_bytes=self.settings.scratch_disk_mb * 2**20,
             ),
             extra_margin=defaults.extra_margin if params.extra_margin is None else params.extra_margin,
+            match_colours=defaults.match_colours,
+            margin_share=defaults.margin_share if params.extra_margin is None else 0.0,
             mask_mode=defaults.mask_mode if params.parsing_mode is None else params.parsing_mode,
         )
 

@@ -2,6 +2,7 @@
 # Starts the worker. On a bare machine it first makes .venv/ and installs into it; in the image, where MUSETALK_PYTHON
 # names the interpreter, it just starts. Works from any directory and may be run again after a restart.
 #   WORKER_PORT=8000 ./run_worker.sh
+#   ./run_worker.sh --demo      starts it, has it make the demo video, prints where that is, ends
 # In queue mode, where Salad's binary is found, it is started beside the server once /hc says ready, and both end
 # together; the server first, because the binary throws the running job away when it is told to stop.
 set -euo pipefail
@@ -14,6 +15,10 @@ if [ -n "${MUSETALK_PYTHON:-}" ]; then
 else
   bash setup_env.sh runtime
   python="$PWD/.venv/bin/python"
+fi
+
+if [ "${1:-}" = "--demo" ]; then
+  exec "$python" -m demo.show
 fi
 
 # The same reading of environment and .env as the server's; wrong settings end the start here, with their names.

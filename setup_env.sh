@@ -52,7 +52,7 @@ if command -v flock >/dev/null 2>&1; then
   flock 9
 fi
 
-wanted="$(cat "$root/requirements.txt" "$root/requirements-dev.txt" | cksum | cut -d' ' -f1)-${torch_spec//[^A-Za-z0-9.=+]/_}"
+wanted="$(cat "$root/requirements.txt" "$root/requirements-dev.txt" "$root/requirements-nodeps.txt" | cksum | cut -d' ' -f1)-${torch_spec//[^A-Za-z0-9.=+]/_}"
 stamp="$venv/.installed-$kind"
 if [ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null; then
   for done_stamp in "$stamp" "$venv/.installed-dev"; do
@@ -74,5 +74,6 @@ if [ "$kind" = dev ]; then
 else
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" -c "$lock"
 fi
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$root/requirements-nodeps.txt"
 printf '%s\n' "$wanted" >"$stamp"
 say "ready"

@@ -113,6 +113,42 @@ def crop_for_parsing(frame: UInt8Array, around: Box) -> UInt8Array:
     return square
 
 
+# -- colours of a small model -----------------------------------------------------------------------------------------
+
+# Rows of a crop between eyes and mouth, which speech does not change, as shares of its height; and how many columns of
+# them are looked at, without the outermost, where the background is.
+_BAND = (0.3, 0.56)
+_BAND_COLUMNS = 12
+
+
+def colour_band(crop: UInt8Array) -> NDArray[np.float32]:
+    """Mean colours of the part of a crop (h, w, 3) that speech does not change, left to right, (10, 3)."""
+    height = crop.shape[0]
+    rows = crop[int(_BAND[0] * height) : int(_BAND[1] * height)]
+    means = cv2.resize(rows.astype(np.float32), (_BAND_COLUMNS, 1), interpolation=cv2.INTER_AREA)[0]
+    return np.asarray(means[1:-1], np.float32)
+
+
+@cache
+def _line_fit(width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(10 colours -> offset and slope, offset and slope -> width values): least squares along x."""
+    x = ((np.arange(_BAND_COLUMNS) + 0.5) / _BAND_COLUMNS - 0.5)[1:-1]
+    fit = np.linalg.pinv(np.stack([np.ones_like(x), x], axis=1))
+    places = (np.arange(width) + 0.5) / width - 0.5
+    return fit.astype(np.float32), np.stack([np.ones(width), places], axis=1).astype(np.float32)
+
+
+def match_colours(patch: UInt8Array, band: NDArray[np.float32]) -> UInt8Array:
+    """`patch` (h, w, 3) shifted so that its band has the colours of the source's (`colour_band`), constant down.
+
+    A small autoencoder does not give every skin back; without this a step shows at the mask's edge.
+    """
+    fit, draw = _line_fit(patch.shape[1])
+    shift = draw @ (fit @ (band - colour_band(patch)))
+    matched: UInt8Array = np.clip(np.round(patch + shift[None]), 0, 255).astype(np.uint8)
+    return matched
+
+
 # -- pasting in BGR, as upstream --------------------------------------------------------------------------------------
 
 

@@ -64,6 +64,13 @@ class FaceFinder(Protocol):
         """BGR frames (H, W, 3) of any sizes -> one face or None each."""
 
 
+class FaceParserLike(Protocol):
+    """Says of each pixel of a face what it belongs to."""
+
+    def labels(self, crops: Sequence[UInt8Array]) -> NDArray[np.uint8]:
+        """Square BGR crops of any sizes -> classes uint8 (n, 512, 512)."""
+
+
 # -- landmarks ----------------------------------------------------------------------------------------------------
 
 

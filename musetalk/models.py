@@ -10,8 +10,9 @@ import torch
 from errors import WeightsError
 from musetalk import weights
 from musetalk.audio import AudioEncoder
-from musetalk.faces import FaceFinder, FaceParser, PoseFaceFinder
+from musetalk.faces import FaceFinder, FaceParser, FaceParserLike, PoseFaceFinder
 from musetalk.generator import Generator
+from musetalk.mesh_faces import JawParser, MeshFaceFinder, NoFaceFinder, find_files
 from musetalk.networks.bisenet import bisenet_from_state
 from musetalk.networks.rtmpose import rtmpose_from_state
 from musetalk.networks.s3fd import s3fd_from_state
@@ -33,11 +34,15 @@ class Models:
     audio: AudioEncoder
     generator: Generator
     faces: FaceFinder
-    parser: FaceParser
+    parser: FaceParserLike
 
 
-def find_version(models_dir: Path) -> weights.ModelVersion:
-    """The newest version whose files are all in `models_dir`; raises WeightsError with what v1.5 lacks."""
+def find_version(models_dir: Path, demo_dir: Path | None = None) -> tuple[weights.ModelVersion, Path]:
+    """The newest official version whose files are all in `models_dir`, else the demo in `demo_dir`; and its folder.
+
+    The demo is taken only when no official file is there at all: a folder that lacks some is a mistake to be told.
+    Raises WeightsError with what v1.5 lacks.
+    """
     first_error: WeightsError | None = None
     for version in VERSIONS:
         try:
@@ -45,8 +50,10 @@ def find_version(models_dir: Path) -> weights.ModelVersion:
         except WeightsError as error:
             first_error = first_error or error
         else:
-            return version
+            return version, models_dir
     assert first_error is not None
+    if demo_dir is not None and demo_dir.is_dir() and not weights.has_any(models_dir):
+        return "demo", demo_dir
     raise first_error
 
 
@@ -75,18 +82,31 @@ def load_models(
     )
     audio = AudioEncoder.load(files.whisper_dir, device=device, dtype=dtype)
     generator.check_audio_width(audio.d_model)
-    with weights.loading(files.pose.name):
-        pose = rtmpose_from_state(weights.read_state(files.pose)).to(device, FACE_DTYPE)
-    with weights.loading(files.detector.name):
-        detector = s3fd_from_state(weights.read_state(files.detector)).to(device, FACE_DTYPE)
-    with weights.loading(files.parsing.name):
-        parsing = bisenet_from_state(weights.read_state(files.parsing)).to(device, FACE_DTYPE)
+    faces, parser = _load_faces(files, device)
     return Models(
         version=version,
         device=device,
         dtype=dtype,
         audio=audio,
         generator=generator,
-        faces=PoseFaceFinder(pose, detector, device=device, dtype=FACE_DTYPE),
-        parser=FaceParser(parsing, device=device, dtype=FACE_DTYPE),
+        faces=faces,
+        parser=parser,
     )
+
+
+def _load_faces(files: weights.ModelFiles, device: torch.device) -> tuple[FaceFinder, FaceParserLike]:
+    """The official face networks, or, where a version has none, what stands for them."""
+    if files.pose is None or files.detector is None or files.parsing is None:
+        try:
+            return MeshFaceFinder(*find_files()), JawParser()
+        except WeightsError as error:
+            # A job that names its face box can still be done.
+            return NoFaceFinder(error.message), JawParser()
+    with weights.loading(files.pose.name):
+        pose = rtmpose_from_state(weights.read_state(files.pose)).to(device, FACE_DTYPE)
+    with weights.loading(files.detector.name):
+        detector = s3fd_from_state(weights.read_state(files.detector)).to(device, FACE_DTYPE)
+    with weights.loading(files.parsing.name):
+        parsing = bisenet_from_state(weights.read_state(files.parsing)).to(device, FACE_DTYPE)
+    finder = PoseFaceFinder(pose, detector, device=device, dtype=FACE_DTYPE)
+    return finder, FaceParser(parsing, device=device, dtype=FACE_DTYPE)

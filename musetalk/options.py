@@ -8,21 +8,28 @@ from typing import Literal
 MaskMode = Literal["jaw", "raw", "neck"]
 
 
+# Below the chin the demo's crops have this share of the box's height: room for the jaw to drop.
+DEMO_MARGIN_SHARE = 0.107
+
+
 @dataclass(frozen=True)
 class RenderOptions:
     """Choices for one video; the defaults are upstream's for v1.5 (spec section 4).
 
     `max_gap_frames` None means half a second; `box_smoothing` is the sigma of a Gaussian over time in frames, 0 = off;
-    `aspect_ratio` and `resolution` None keep the source's.
+    `aspect_ratio` and `resolution` None keep the source's. `margin_share` adds that share of the box's height to
+    `extra_margin`; `match_colours` gives each patch the colours its source has beside the mouth.
     """
 
     face_box: tuple[int, int, int, int] | None = None
     bbox_shift: int = 0
     extra_margin: int = 10
+    margin_share: float = 0.0
     mask_mode: MaskMode = "jaw"
     left_cheek_width: int = 90
     right_cheek_width: int = 90
     mask_blur: float = 0.05
+    match_colours: bool = False
     box_smoothing: float = 0.0
     max_gap_frames: int | None = None
     batch_size: int = 8
@@ -33,5 +40,10 @@ class RenderOptions:
 
 
 def version_defaults(version: str) -> RenderOptions:
-    """The options of a model version: v1.0 has no margin and pastes the raw mask (spec section 4)."""
+    """The options of a model version: v1.0 has no margin and pastes the raw mask (spec section 4).
+
+    The demo was trained on crops with a margin that grows with the face, and its mask is drawn, not parsed.
+    """
+    if version == "demo":
+        return RenderOptions(extra_margin=0, margin_share=DEMO_MARGIN_SHARE, mask_mode="raw", match_colours=True)
     return RenderOptions() if version == "v15" else RenderOptions(extra_margin=0, mask_mode="raw")

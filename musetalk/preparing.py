@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from errors import CancelledError, NoFaceError, OutOfMemoryError
 from musetalk import media
-from musetalk.blending import PastePlan, blend_mask, crop_for_parsing, face_mask
+from musetalk.blending import PastePlan, blend_mask, colour_band, crop_for_parsing, face_mask
 from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Planes, UInt8Array, planes_to_bgr
@@ -38,17 +38,23 @@ FIND_BATCH = 8
 
 @dataclass(frozen=True)
 class Record:
-    """One source picture, prepared; without a face it keeps only its planes."""
+    """One source picture, prepared; without a face it keeps only its planes.
+
+    `band` holds the colours that patches are matched to, where the options ask for that.
+    """
 
     planes: Planes
     plan: PastePlan | None = None
     latents: NDArray[Any] | None = None
+    band: NDArray[np.float32] | None = None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The record as named arrays, for the frame store."""
         named: dict[str, NDArray[Any]] = {"y": self.planes.y, "u": self.planes.u, "v": self.planes.v}
         if self.plan is not None and self.latents is not None:
             named["latents"] = self.latents
+            if self.band is not None:
+                named["band"] = self.band
             named.update({f"plan_{name}": array for name, array in self.plan.arrays().items()})
         return named
 
@@ -59,7 +65,7 @@ class Record:
         if "latents" not in named:
             return Record(planes)
         plan = {name.removeprefix("plan_"): array for name, array in named.items() if name.startswith("plan_")}
-        return Record(planes, PastePlan.from_arrays(plan), named["latents"])
+        return Record(planes, PastePlan.from_arrays(plan), named["latents"], named.get("band"))
 
 
 class Batches:
@@ -202,7 +208,8 @@ class SourcePreparer:
             if face is None:
                 boxes.append(None)
                 continue
-            box = face.box.with_bottom_margin(self.options.extra_margin, frame.planes.height)
+            margin = self.options.extra_margin + round(self.options.margin_share * face.box.height)
+            box = face.box.with_bottom_margin(margin, frame.planes.height)
             around = blend_box(box)
             region = _union(box, around).clipped(frame.planes.width, frame.planes.height)
             picture = planes_to_bgr(frame.planes, self.info.colour.matrix, region)
@@ -211,10 +218,11 @@ class SourcePreparer:
             boxes.append((box, around))
         latents = iter(self._latents(crops))
         labels = iter(self._labels(squares))
+        bands = iter([colour_band(crop) if self.options.match_colours else None for crop in crops])
         return [
             Record(frame.planes)
             if pair is None
-            else Record(frame.planes, self._paste_plan(next(labels), *pair, frame.planes), next(latents))
+            else Record(frame.planes, self._paste_plan(next(labels), *pair, frame.planes), next(latents), next(bands))
             for frame, pair in zip(frames, boxes, strict=True)
         ]
 

@@ -23,7 +23,7 @@ import torch
 from errors import CancelledError, MediaError, RequestError
 from musetalk import media
 from musetalk.audio import SAMPLE_RATE, audio_windows, n_output_frames
-from musetalk.blending import paste_planes
+from musetalk.blending import match_colours, paste_planes
 from musetalk.devices import gpu_errors
 from musetalk.frame_store import FrameStore
 from musetalk.frames import UInt8Array
@@ -94,9 +94,9 @@ class RenderSession:
 
     def probe(self) -> None:
         """Look at both files; raises MediaError for what cannot or may not be rendered."""
-        if self.models.version == "v15" and self.options.bbox_shift != 0:
+        if self.models.version != "v1" and self.options.bbox_shift != 0:
             raise RequestError(
-                "params.bbox_shift has no effect with MuseTalk v1.5; leave it out", field="params.bbox_shift"
+                "params.bbox_shift has an effect with MuseTalk v1.0 only; leave it out", field="params.bbox_shift"
             )
         parse_request(self.options.aspect_ratio, self.options.resolution)
         self._source = media.probe_source(self._source_path, self._limits)
@@ -218,6 +218,8 @@ class RenderSession:
         planes = record.planes
         if record.plan is not None and patch is not None:
             planes = planes.copy()
+            if record.band is not None:
+                patch = match_colours(patch, record.band)
             paste_planes(planes, record.plan, patch, self._source.colour.matrix)
         self._writer.write(media.fit_planes(planes, self._plan.crop, (self._plan.width, self._plan.height)))
 

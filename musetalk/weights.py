@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from errors import WeightsError
 from musetalk.foreign_pickle import read_foreign
 
-ModelVersion = Literal["v15", "v1"]
+# `demo` is the project's own small model: v1.5's files and code path, without the official face networks.
+ModelVersion = Literal["v15", "v1", "demo"]
+_OFFICIAL: tuple[ModelVersion, ...] = ("v15", "v1")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class WeightFile:
     purpose: str
     n_bytes: int | None = None
     sha256: str | None = None
-    versions: tuple[ModelVersion, ...] = ("v15", "v1")
+    versions: tuple[ModelVersion, ...] = ("v15", "v1", "demo")
 
 
 _MUSETALK = "Hugging Face TMElyralab/MuseTalk"
@@ -53,10 +55,15 @@ MANIFEST: tuple[WeightFile, ...] = (
         "UNet of MuseTalk v1.5",
         3_400_074_924,
         "7ebf6c98c181e20838e4c0054e96e944ac60d5d692cc01db42839fe11b787007",
-        ("v15",),
+        ("v15", "demo"),
     ),
     WeightFile(
-        "musetalkV15/musetalk.json", _MUSETALK, "configuration of the v1.5 UNet", 748, "5b6923aee04d7169", ("v15",)
+        "musetalkV15/musetalk.json",
+        _MUSETALK,
+        "configuration of the v1.5 UNet",
+        748,
+        "5b6923aee04d7169",
+        ("v15", "demo"),
     ),
     WeightFile("musetalk/pytorch_model.bin", _MUSETALK, "UNet of MuseTalk v1.0", versions=("v1",)),
     WeightFile("musetalk/musetalk.json", _MUSETALK, "configuration of the v1.0 UNet", versions=("v1",)),
@@ -70,6 +77,7 @@ MANIFEST: tuple[WeightFile, ...] = (
         "landmarks (RTMPose-l, whole body)",
         406_878_486,
         "0d9408b13cd863c4",
+        _OFFICIAL,
     ),
     WeightFile(
         "face-parse-bisent/79999_iter.pth",
@@ -77,12 +85,14 @@ MANIFEST: tuple[WeightFile, ...] = (
         "face parsing (BiSeNet)",
         53_289_463,
         "468e13ca13a9b43c",
+        _OFFICIAL,
     ),
     WeightFile(
         "s3fd-619a316812.pth",
         "the face-alignment project's site (its S3FD detector)",
         "face detection (S3FD)",
         sha256="619a316812",
+        versions=_OFFICIAL,
     ),
 )
 
@@ -122,15 +132,15 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the files of one version lie."""
+    """Where the files of one version lie; the demo has no face networks of its own."""
 
     unet: Path
     unet_config: Path
     vae_dir: Path
     whisper_dir: Path
-    pose: Path
-    detector: Path
-    parsing: Path
+    pose: Path | None
+    detector: Path | None
+    parsing: Path | None
 
 
 def locate(models_dir: Path, version: ModelVersion) -> ModelFiles:
@@ -154,17 +164,22 @@ def locate(models_dir: Path, version: ModelVersion) -> ModelFiles:
             f"{len(missing)} of the model files are missing under the models folder: {lines}",
             missing=[entry.name for entry in missing],
         )
-    unet = "UNet of MuseTalk v1.5" if version == "v15" else "UNet of MuseTalk v1.0"
-    config = "configuration of the v1.5 UNet" if version == "v15" else "configuration of the v1.0 UNet"
+    unet = "UNet of MuseTalk v1.0" if version == "v1" else "UNet of MuseTalk v1.5"
+    config = "configuration of the v1.0 UNet" if version == "v1" else "configuration of the v1.5 UNet"
     return ModelFiles(
         unet=found[unet],
         unet_config=found[config],
         vae_dir=found["configuration of the VAE"].parent,
         whisper_dir=found["configuration of Whisper"].parent,
-        pose=found["landmarks (RTMPose-l, whole body)"],
-        detector=found["face detection (S3FD)"],
-        parsing=found["face parsing (BiSeNet)"],
+        pose=found.get("landmarks (RTMPose-l, whole body)"),
+        detector=found.get("face detection (S3FD)"),
+        parsing=found.get("face parsing (BiSeNet)"),
     )
+
+
+def has_any(models_dir: Path) -> bool:
+    """Whether any file of the official layout is there: then one that is missing is a mistake and no choice."""
+    return any(_find(models_dir, entry.name) is not None for entry in MANIFEST)
 
 
 def _find(models_dir: Path, name: str) -> Path | None:

@@ -376,7 +376,7 @@ def test_an_end_that_nobody_wants_any_more_is_dropped_after_one_line(pair: Pair)
 def test_a_worker_without_weights_never_claims(tmp_path: Path, orchestrator: FakeOrchestrator) -> None:
     prepare(tmp_path)
     (tmp_path / "empty").mkdir()
-    server = start_worker(tmp_path, tmp_path / "empty", orchestrator)
+    server = start_worker(tmp_path, tmp_path / "empty", orchestrator, MUSETALK_MODEL="v15")
     try:
         orchestrator.wait_for(
             lambda: any("unet.pth" in (call.body["error"] or "") for call in orchestrator.of("heartbeat")), limit_s=60

@@ -358,7 +358,8 @@ def test_version_one_runs_with_its_own_defaults(tmp_path: Path) -> None:
     from tests.support.tiny_models import write_tiny_models
 
     models_dir = write_tiny_models(tmp_path / "models", "v1", as_safetensors=True)
-    settings = load_settings({"MUSETALK_MODELS_DIR": str(models_dir), "MUSETALK_DEVICE": "cpu"}, env_file=None)
+    environment = {"MUSETALK_MODELS_DIR": str(models_dir), "MUSETALK_DEVICE": "cpu", "MUSETALK_CPU_THREADS": "1"}
+    settings = load_settings(environment, env_file=None)
     core = Core(settings)
     core.load()
     source, audio = make_source(tmp_path / "source.mp4", 3), make_audio(tmp_path / "a.wav", 0.12)

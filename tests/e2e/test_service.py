@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -114,7 +115,7 @@ def test_the_log_is_json_with_one_line_per_job(server: Server) -> None:
 
 def test_a_start_without_weights_says_what_is_missing_and_takes_no_job(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
-    server = Server(tmp_path, tmp_path / "models")
+    server = Server(tmp_path, tmp_path / "models", MUSETALK_MODEL="v15")
     try:
         limit = time.monotonic() + START_LIMIT_S
         server.wait_for(503)
@@ -170,5 +171,16 @@ def test_sigterm_sent_to_every_process_several_times_ends_without_a_traceback(
                     os.kill(process, signal.SIGTERM)
         assert server.process.wait(30) == 0
         assert "Traceback" not in server.log_text()
+    finally:
+        server.stop()
+
+
+def test_both_address_families_are_served(tmp_path: Path, tiny_models: Path) -> None:
+    server = Server(tmp_path, tiny_models, WORKER_HOST="::")
+    try:
+        server.wait_for(200)
+        if socket.has_ipv6 and Path("/proc/net/if_inet6").is_file():
+            port = server.url.rsplit(":", 1)[1]
+            assert requests.get(f"http://[::1]:{port}/hc", timeout=10).status_code == 200
     finally:
         server.stop()

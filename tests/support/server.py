@@ -131,6 +131,11 @@ class Server:
         lines = [json.loads(line) for line in self.log_text().splitlines() if line.startswith("{")]
         return [line for line in lines if line["message"] == message]
 
+    def entries_starting(self, message: str) -> list[dict[str, Any]]:
+        """Log lines whose message begins like this."""
+        lines = [json.loads(line) for line in self.log_text().splitlines() if line.startswith("{")]
+        return [line for line in lines if line["message"].startswith(message)]
+
     def log_text(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 

@@ -462,3 +462,21 @@ def test_a_patch_cut_from_the_frame_itself_leaves_no_trace(seed: int) -> None:
     assert abs(float(luma.mean())) < 0.05
     assert abs(float(chroma.mean())) < 0.05
     assert np.abs(luma).max() <= 2
+
+
+# -- colours of a small model -----------------------------------------------------------------------------------------
+
+
+def test_a_patch_of_other_colours_gets_those_of_its_source() -> None:
+    random = np.random.default_rng(3)
+    source = np.asarray(np.clip(random.normal(120, 6, (96, 96, 3)), 0, 255), np.uint8)
+    across = np.linspace(-12, 12, 96)[None, :, None] * np.array([1.0, 0.5, -1.0])
+    strange = np.clip(source.astype(np.float64) + np.array([14.0, -9.0, 5.0]) + across, 0, 255).astype(np.uint8)
+    # The mouth itself says something: that must not count.
+    strange[60:] = 40
+    matched = blending.match_colours(strange, blending.colour_band(source))
+    kept = slice(29, 53)
+    assert np.abs(matched[kept].astype(int) - source[kept].astype(int)).mean() < 0.8
+    assert matched[60:].std() > 0
+    again = blending.match_colours(source, blending.colour_band(source))
+    assert np.array_equal(again, source)

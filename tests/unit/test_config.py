@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
-from config import ROOT, VARIABLES, Settings, load_settings
+from config import ROOT, VARIABLES, Settings, bind_addresses, load_settings
 from errors import SettingsError
 
 
@@ -90,3 +91,39 @@ def test_readme_and_env_example_name_every_variable_and_parameter_as_the_code_ha
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert with_tables(readme) == readme
     assert (ROOT / ".env.example").read_text(encoding="utf-8") == env_example()
+
+
+def test_the_worker_has_one_name_by_the_rule_of_its_mode() -> None:
+    both = {"WORKER_ID": "mine", "SALAD_MACHINE_ID": "salad", "VAST_CONTAINERLABEL": "C.7"}
+    assert load(**both).worker_id == "salad"
+    assert load(WORKER_MODE="buffer", **both).worker_id == "mine"
+    assert load(BUFFER_WORKER_ID="buffer-1", WORKER_MODE="queue", **both).worker_id == "buffer-1"
+    assert load(VAST_CONTAINERLABEL="C.7").worker_id == "C.7"
+    host = socket.gethostname()
+    assert load().worker_id == host
+    assert load(WORKER_MODE=" Buffer ").worker_id == f"buffer-{host}"
+
+
+def test_variables_of_the_older_worker_do_no_harm() -> None:
+    settings = load(USE_OPTIMIZED_INFERENCE="true", MUSETALK_WORKDIR="/app", PROVIDER="vast", WORKER_MODE="main")
+    assert not settings.is_buffer_mode
+    assert any("USE_OPTIMIZED_INFERENCE, MUSETALK_WORKDIR, PROVIDER" in warning for warning in settings.warnings)
+    assert any("'main'" in warning for warning in settings.warnings)
+
+
+def test_a_key_from_a_file_loses_its_newline_and_none_may_hold_control_characters() -> None:
+    assert load(INTERNAL_API_KEY="key-1\n").internal_api_key == "key-1"
+    with pytest.raises(SettingsError, match="INTERNAL_API_KEY") as caught:
+        load(INTERNAL_API_KEY="key\x07-secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_the_default_host_means_every_address_of_either_family(tmp_path: Path) -> None:
+    only = tmp_path / "bindv6only"
+    only.write_text("1\n", encoding="ascii")
+    addresses = bind_addresses("::", 8000, ipv6_only_file=tmp_path / "absent")
+    assert addresses in (["[::]:8000"], ["0.0.0.0:8000"])
+    if addresses == ["[::]:8000"]:
+        assert bind_addresses("::", 8000, ipv6_only_file=only) == ["0.0.0.0:8000", "[::]:8000"]
+    assert bind_addresses("127.0.0.1", 80) == ["127.0.0.1:80"]
+    assert bind_addresses("::1", 80) == ["[::1]:80"]

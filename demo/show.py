@@ -1,0 +1,144 @@
+"""`run_worker.sh --demo`: start the worker, post the demo pair to it, show progress, print where the video is."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import requests
+from tqdm import tqdm
+
+from config import ROOT
+from demo.make_pair import AVATAR, MEDIA, SPEECH
+
+START_LIMIT_S = 180
+
+
+class Progress:
+    """Stands where the orchestrator would be and shows the progress it is told."""
+
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self._bar = bar
+        progress = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                progress.show(json.loads(body))
+                answer = b'{"detail": "ok"}'
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Stay silent: the bar is on the terminal."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def show(self, update: dict[str, Any]) -> None:
+        """One progress report on the bar."""
+        self._bar.set_description(str(update.get("phase") or update.get("status")))
+        self._bar.update(max(0.0, 100 * float(update.get("progress") or 0) - self._bar.n))
+
+
+def free_port() -> int:
+    """A port nobody uses right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> dict[str, Any]:
+    """What /hc says once it is 200; exits when the worker cannot start."""
+    ends = time.monotonic() + START_LIMIT_S
+    body: dict[str, Any] = {}
+    while server.poll() is None and time.monotonic() < ends:
+        try:
+            answer = requests.get(f"{url}/hc", timeout=5)
+        except requests.RequestException:
+            time.sleep(0.1)
+            continue
+        body = answer.json()
+        if answer.ok:
+            return body
+        if body.get("status") == "failed":
+            break
+        time.sleep(0.1)
+    raise SystemExit(f"error: the worker did not start: {body.get('reason', 'see its log')}")
+
+
+def main() -> int:
+    """Run the demo; returns the exit status."""
+    bar: tqdm[Any] = tqdm(total=100, desc="starting", bar_format="{desc:12} {bar} {n:3.0f}%", file=sys.stderr)
+    progress = Progress(bar)
+    port = int(os.environ.get("WORKER_PORT") or 0) or free_port()
+    log_path = ROOT / "work" / "demo.log"
+    log_path.parent.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "WORKER_PORT": str(port),
+        "WORKER_HOST": "127.0.0.1",
+        "WORKER_MODE": "queue",
+        "MUSETALK_MODEL": os.environ.get("MUSETALK_MODEL") or "demo",
+        "ORCHESTRATOR_BASE_URL": progress.url,
+        "INTERNAL_API_KEY": secrets.token_hex(8),
+        "ALLOW_FILE_URLS": "1",
+        "FILE_URL_ROOTS": str(MEDIA),
+    }
+    environment.pop("BUFFER_WORKER_ID", None)
+    with log_path.open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        health = wait_until_ready(server, url)
+        job = {"musetalk_job_id": "demo", "video_url": AVATAR.as_uri(), "audio_url": SPEECH.as_uri()}
+        begun = time.monotonic()
+        answer = requests.post(f"{url}/generate", json=job, timeout=3600).json()
+        taken = time.monotonic() - begun
+    except BaseException:
+        bar.close()
+        print(f"the worker's log: {log_path}", file=sys.stderr)
+        raise
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait()
+    bar.close()
+    if answer.get("status") != "success":
+        print(f"error: {answer.get('error_message')}\nthe worker's log: {log_path}", file=sys.stderr)
+        return 1
+    video = answer["video"]
+    print(
+        f"{video['frames']} frames in {taken:.1f} s ({video['frames'] / taken:.1f} a second), model {health['model']}",
+        file=sys.stderr,
+    )
+    name = str(answer["output_url"]).rsplit("/", 1)[1]
+    local = Path(os.environ.get("OUTPUT_DIR") or "outputs")
+    path = (ROOT / local / name).resolve()
+    print(path if path.is_file() else answer["output_url"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Train the demo model from nothing: `python -m demo.train` (all stages), or the names of some stages.
+
+    encoder (with its speech) -> pictures -> vae -> unet -> export
+
+Each stage counts its steps, starts from fixed seeds, and goes on where it was stopped; what it makes lies in
+demo/build.
+Needs the Debian packages espeak-ng, libespeak-ng1 and flite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+
+import diffusers
+import torch
+import transformers
+
+from demo import encoder, pictures, unet, vae
+from demo.export import export
+from demo.stages import BUILD
+
+STAGES = ("encoder", "pictures", "vae", "unet", "export")
+ENCODER_STEPS, VAE_STEPS, UNET_STEPS, PIXEL_STEPS = 4000, 1800, 2400, 300
+
+
+def main() -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stages", nargs="*", help=f"some of {', '.join(STAGES)}; none means all")
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    stages = given.stages or list(STAGES)
+    if unknown := [name for name in stages if name not in STAGES]:
+        parser.error(f"no such stage: {', '.join(unknown)}")
+    torch.set_num_threads(given.threads)
+    print(
+        f"python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
+        f"transformers {transformers.__version__}, {given.threads} threads"
+    )
+    if "encoder" in stages:
+        encoder.save_trained(encoder.run(ENCODER_STEPS), BUILD / "listener.pt")
+    if "pictures" in stages:
+        pictures.pictures()
+    if "vae" in stages:
+        vae.run(VAE_STEPS)
+    if "unet" in stages or "export" in stages:
+        listener = unet.load_listener()
+        unet.standardise(listener)
+        seen = vae.run(VAE_STEPS)
+        vae.freeze(seen)
+        spoken = unet.run(seen, listener, UNET_STEPS, pixel_steps=PIXEL_STEPS)
+        if "export" in stages:
+            export(listener.encoder, seen, spoken)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
