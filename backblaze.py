@@ -40,10 +40,8 @@ from b2sdk.v3.exception import (
     Unauthorized,
     UnusableFileName,
 )
-from requests.adapters import HTTPAdapter
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from connections import CutSwitch, describe, switched
+from connections import CutSwitch, SwitchedAdapter, describe
 from errors import CancelledError, DeadlineError, ProcessingError, StorageError
 from storage import B2Settings, StoredObject, TimeLimit, object_name, sha1_of, sidecar_bytes
 
@@ -93,7 +91,7 @@ class _Session(requests.Session):
         super().__init__()
         self._line = line
         self._settings = settings
-        adapter = _Adapter(line.switch)
+        adapter = SwitchedAdapter(line.switch)
         self.mount("http://", adapter)
         self.mount("https://", adapter)
 
@@ -116,28 +114,6 @@ class _Session(requests.Session):
             longest = int(max(min(self._settings.max_backoff_s, left / 4), 1))
             response.headers["Retry-After"] = str(min(int(asked), longest))
         return response
-
-
-class _Adapter(HTTPAdapter):
-    """Transport whose sockets are known to the switch."""
-
-    def __init__(self, switch: CutSwitch) -> None:
-        self._pools = {}
-        for scheme, pool in (("http", HTTPConnectionPool), ("https", HTTPSConnectionPool)):
-            connection = switched(pool.ConnectionCls, switch)
-            self._pools[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": connection})
-        super().__init__(pool_maxsize=8)
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        """As the base does, with our connections."""
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = self._pools
-
-    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base does, with our connections."""
-        manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = self._pools
-        return manager
 
 
 class _Progress(b2.AbstractProgressListener):  # type: ignore[misc]  # b2sdk carries no types

@@ -71,6 +71,28 @@ def switched(connection_class: Any, switch: CutSwitch) -> Any:
     return type(connection_class.__name__, (connection_class,), {"connect": connect})
 
 
+class SwitchedAdapter(HTTPAdapter):
+    """Transport whose sockets are known to the switch."""
+
+    def __init__(self, switch: CutSwitch) -> None:
+        self._pools = {}
+        for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool)):
+            connection = switched(pool.ConnectionCls, switch)
+            self._pools[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": connection})
+        super().__init__(pool_maxsize=8)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """As the base does, with our connections."""
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = self._pools
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base does, with our connections."""
+        manager = super().proxy_manager_for(*args, **kwargs)
+        manager.pool_classes_by_scheme = self._pools
+        return manager
+
+
 class PinnedAdapter(HTTPAdapter):
     """Transport to one judged address; Host header, server name and certificate check stay those of the name."""
 

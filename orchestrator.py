@@ -7,6 +7,7 @@ as an exception: an orchestrator that is down is weather, not an error of ours. 
 from __future__ import annotations
 
 import json
+import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,9 +16,9 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 import requests
-from requests.adapters import HTTPAdapter
 
 from config import Settings
+from connections import CutSwitch, SwitchedAdapter
 from errors import MuseTalkError
 from jobs import JobResult, Stage, result_body
 from telemetry import logger
@@ -107,10 +108,14 @@ class Orchestrator:
 
     def __init__(self, settings: OrchestratorSettings) -> None:
         self.settings = settings
+        self._open_session()
+
+    def _open_session(self) -> None:
+        self._switch = CutSwitch()
         self._session = requests.Session()
-        self._session.headers.update({"X-Internal-API-Key": settings.api_key, "User-Agent": "musetalk-worker"})
-        self._session.mount("http://", HTTPAdapter(pool_connections=2, pool_maxsize=2))
-        self._session.mount("https://", HTTPAdapter(pool_connections=2, pool_maxsize=2))
+        self._session.headers.update({"X-Internal-API-Key": self.settings.api_key, "User-Agent": "musetalk-worker"})
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, SwitchedAdapter(self._switch))
 
     def heartbeat(self, status: Status, error: str | None) -> Reply:
         """Say that this worker is alive and whether it has a job."""
@@ -153,10 +158,28 @@ class Orchestrator:
         self._session.close()
 
     def _post(self, url: str, body: Mapping[str, object]) -> Reply:
-        settings = self.settings
-        ends = time.monotonic() + settings.total_timeout_s
+        """One call, over in `total_timeout_s` whatever the name service or the other side do.
+
+        The time-outs of requests are for each step; a reply that drips in has no end by them. So the call is made in a
+        thread that is waited for, and what it still holds then is cut.
+        """
+        replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        session, switch = self._session, self._switch
+        call = threading.Thread(
+            target=lambda: replies.put(self._call(session, url, body)), name="orchestrator-call", daemon=True
+        )
+        call.start()
         try:
-            with self._session.post(
+            return replies.get(timeout=self.settings.total_timeout_s)
+        except queue.Empty:
+            switch.cut()
+            self._open_session()
+            return Reply(None, problem="the reply took too long")
+
+    def _call(self, session: requests.Session, url: str, body: Mapping[str, object]) -> Reply:
+        settings = self.settings
+        try:
+            with session.post(
                 url,
                 data=json.dumps(body, allow_nan=False).encode(),
                 headers={"Content-Type": "application/json"},
@@ -169,8 +192,6 @@ class Orchestrator:
                     received += block
                     if len(received) > _MAX_REPLY_BYTES:
                         return Reply(response.status_code, problem="the reply is too large")
-                    if time.monotonic() > ends:
-                        return Reply(None, problem="the reply took too long")
                 return Reply(
                     response.status_code,
                     body=_decoded(bytes(received)),
@@ -180,6 +201,9 @@ class Orchestrator:
             return Reply(None, problem="the orchestrator did not answer in time")
         except (requests.RequestException, OSError) as error:
             return Reply(None, problem=f"the orchestrator cannot be reached ({type(error).__name__})")
+        except Exception as error:  # noqa: BLE001 - whoever waits for the reply must get one
+            logger.error("a call to the orchestrator failed", exc_info=error)
+            return Reply(None, problem=f"the call failed ({type(error).__name__})")
 
 
 def _decoded(body: bytes) -> Any:

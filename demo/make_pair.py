@@ -22,6 +22,7 @@ FPS = 25
 MEDIA = Path(__file__).resolve().parent / "media"
 AVATAR, SPEECH = MEDIA / "avatar.mp4", MEDIA / "speech.flac"
 CLIP_S = 8.0
+POSE_SEED = 7
 SENTENCE = (
     "Hello, and welcome. I am the demo of this project. My face was drawn by a program, "
     "and a small model moves my lips to what you hear."
@@ -101,7 +102,7 @@ def resting_frames(portrait: Portrait, poses: Sequence[Pose]) -> list[NDArray[np
 
 def main() -> None:
     """Write both files."""
-    poses = natural_poses(round(CLIP_S * FPS), 7)
+    poses = natural_poses(round(CLIP_S * FPS), POSE_SEED)
     write_clip(AVATAR, resting_frames(Portrait(), poses))
     spoken = speech.with_flite(SENTENCE, VOICE, 1.06)
     quiet = np.zeros(speech.RATE // 4, np.float32)

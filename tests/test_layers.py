@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "storage": {"errors", "backblaze"},
     "backblaze": {"errors", "storage", "connections"},
     "telemetry": {"errors", "jobs"},
-    "orchestrator": {"errors", "config", "jobs", "telemetry"},
+    "orchestrator": {"errors", "config", "jobs", "telemetry", "connections"},
     "poller": {"errors", "jobs", "telemetry", "musetalk_core", "orchestrator"},
     "musetalk_core": {
         *("errors", "config", "jobs", "downloads", "storage", "telemetry", "musetalk"),

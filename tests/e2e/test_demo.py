@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from config import ROOT, load_settings
-from demo.evaluate import quick_figures
+from demo.evaluate import fit_reader, quick_figures, read_frames
 from demo.export import MAX_BYTES
-from demo.make_pair import AVATAR, MEDIA, SPEECH
+from demo.make_pair import AVATAR, CLIP_S, FPS, MEDIA, POSE_SEED, SPEECH, natural_poses
+from demo.portrait import Portrait
 from demo.stages import MODELS
 from errors import WeightsError
 from musetalk import media
@@ -104,6 +105,13 @@ def test_one_command_shows_the_demo(tmp_path: Path) -> None:
     assert sound.duration is not None
     assert made.n_frames is not None
     assert abs(made.n_frames / 25 - float(sound.duration)) <= 1 / 25
+    # The lips move in speech and rest in the pause before it.
+    poses = natural_poses(round(CLIP_S * FPS), POSE_SEED)
+    frames = read_frames(path)
+    opening = fit_reader(Portrait(), 150).read(frames, poses[: len(frames)])[:, 0]
+    assert abs(opening[:4].mean()) < 0.1
+    assert opening.max() > 0.5
+    assert opening[10:-10].std() > 0.15
     assert "100%" in done.stderr
     assert "model demo" in done.stderr
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,6 +84,40 @@ def test_an_endless_answer_is_cut(far_side: FakeOrchestrator) -> None:
     orchestrator = client(far_side.url)
     assert orchestrator.claim().problem == "the reply is too large"
     orchestrator.close()
+
+
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"])
+def test_a_reply_that_drips_in_is_given_up_in_time_and_the_next_call_works(
+    far_side: FakeOrchestrator, start: bytes
+) -> None:
+    """A byte now and then keeps every single read alive: the call as a whole needs an end."""
+    stopped = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(start)
+                while not stopped.wait(0.05):
+                    connection.sendall(b"X")
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        settings = OrchestratorSettings(url, url, "key", "w-1", "RTX", total_timeout_s=0.6)
+        orchestrator = Orchestrator(settings)
+        begun = time.monotonic()
+        reply = orchestrator.claim()
+        assert time.monotonic() - begun < 5
+        assert reply.problem == "the reply took too long"
+        # The connection is cut, so that nothing is left behind: its other end notices.
+        thread.join(10)
+        assert not thread.is_alive()
+        stopped.set()
+        object.__setattr__(settings, "buffer_base_url", far_side.url)
+        assert orchestrator.claim().is_accepted
+        orchestrator.close()
 
 
 def test_retry_after_is_read(far_side: FakeOrchestrator) -> None:
