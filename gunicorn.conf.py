@@ -77,6 +77,8 @@ def when_ready(server: Any) -> None:
 
 def post_fork(_server: Any, _worker: Any) -> None:
     """In the worker process, before the app is imported: start the claim loop in buffer mode."""
+    # Until Gunicorn sets the worker's own handlers the parent's would take the signal here and do nothing with it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not _settings.is_buffer_mode:
         return
     import poller

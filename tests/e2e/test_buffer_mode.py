@@ -459,3 +459,11 @@ def test_a_second_sigterm_ends_at_once_and_the_job_is_handed_back_by_the_next_pr
     orchestrator.wait_for(lambda: orchestrator.of("status"), limit_s=90)
     body = orchestrator.of("status")[0].body
     assert (body["status"], body["retryable"]) == ("failed", True)
+
+
+def test_a_stop_in_the_first_moments_is_not_lost(start: StartServer, orchestrator: FakeOrchestrator) -> None:
+    """The signal came while the new process was still importing: it ended only when its time was over."""
+    server = start()
+    orchestrator.wait_for(lambda: orchestrator.of("heartbeat"))
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(30) == 0

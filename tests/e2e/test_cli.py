@@ -16,7 +16,13 @@ def run(models: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     return subprocess.run(
         [sys.executable, str(ROOT / "musetalk_core.py"), *arguments],
-        env={**kept, "MUSETALK_MODELS_DIR": str(models), "MUSETALK_DEVICE": "cpu", "OMP_NUM_THREADS": "2"},
+        env={
+            **kept,
+            "MUSETALK_MODEL": "v15",
+            "MUSETALK_MODELS_DIR": str(models),
+            "MUSETALK_DEVICE": "cpu",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=120,

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from config import ROOT, load_settings
-from demo.evaluate import fit_reader, quick_figures, read_frames
+from demo.evaluate import avatar_reader, quick_figures, read_frames
 from demo.export import MAX_BYTES
 from demo.make_pair import AVATAR, CLIP_S, FPS, MEDIA, POSE_SEED, SPEECH, natural_poses
-from demo.portrait import Portrait
 from demo.stages import MODELS
 from errors import WeightsError
 from musetalk import media
@@ -110,7 +109,7 @@ def test_one_command_shows_the_demo(tmp_path: Path) -> None:
     poses = natural_poses(round(CLIP_S * FPS), POSE_SEED)
     frames = read_frames(path)
     shown = [poses[ping_pong_index(index, len(poses))] for index in range(len(frames))]
-    opening = fit_reader(Portrait(), 150).read(frames, shown)[:, 0]
+    opening = avatar_reader().read(frames, shown)[:, 0]
     assert abs(opening[:4].mean()) < 0.1
     assert opening.max() > 0.5
     assert opening[10:-10].std() > 0.15

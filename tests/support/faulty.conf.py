@@ -1,7 +1,8 @@
 """The project's own Gunicorn configuration, in a worker that waits or fails where the test's folder says.
 
 Files in FAULTS_DIR are the commands: `hold-<stage>` makes the next job wait when it enters that stage (`held-<stage>`
-appears, and it goes on when the command is gone); `fail-<kind>` makes the networks or the disk fail once.
+appears, and it goes on when the command is gone); `fail-<kind>` makes the networks or the disk fail once; `slow` makes
+each chunk take its time (`generating` appears).
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def _install() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         if _take("fail-odd"):
             raise KeyError("/a/path/of/ours")
-        while (_folder / "slow").exists():
+        if (_folder / "slow").exists():
+            (_folder / "generating").touch()
             time.sleep(0.2)
-            break
         return generate(self, latents, windows)
 
     def faulty_write(self: VideoWriter, planes: Any) -> None:
