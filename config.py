@@ -126,6 +126,9 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MAX_SOURCE_SIDE_PX", "max_source_side", _whole(64, 16384), "Longest side of a source picture.", "3840"),
     Variable("FRAME_MEMORY_MB", "frame_memory_mb", _whole(16, 1_048_576), "Memory for source frames kept for the backwards leg; beyond it they go to a scratch file.", "512"),
     Variable("SCRATCH_DISK_MB", "scratch_disk_mb", _whole(0, 16_777_216), "Disk for that scratch file.", "16384"),
+    Variable("AVATAR_MEMORY_MB", "avatar_memory_mb", _whole(0, 1_048_576), "Memory for prepared sources (faces, latents, masks) kept for later jobs; 0 keeps none in memory.", "512"),
+    Variable("AVATAR_DISK_MB", "avatar_disk_mb", _whole(0, 16_777_216), "Disk for the same, kept over restarts; 0 keeps none on disk.", "2048"),
+    Variable("AVATAR_DIR", "avatar_dir", _path, "Folder for it; workers of one machine may share it.", "avatars"),
     # Limits of a job
     Variable("JOB_TIMEOUT_SEC", "job_timeout_s", _seconds(1, 604_800), "Limit for one whole job; it then fails as retryable.", "3600"),
     Variable("INFERENCE_TIMEOUT_SEC", "inference_timeout_s", _seconds(1, 604_800), "Limit for each of the stages preprocessing, inference and postprocessing.", "1800"),
@@ -195,6 +198,9 @@ class Settings:
     max_source_side: int
     frame_memory_mb: int
     scratch_disk_mb: int
+    avatar_memory_mb: int
+    avatar_disk_mb: int
+    avatar_dir: Path
     job_timeout_s: float
     inference_timeout_s: float
     min_free_disk_mb: int

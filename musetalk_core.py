@@ -40,6 +40,7 @@ from storage import B2Settings, LocalStoreSettings, Store, open_store
 from telemetry import Metrics, StageClock, configure_logging, job_logging, keep_secret, logger, peak_memory_kb
 
 if TYPE_CHECKING:
+    from musetalk.avatars import AvatarCache
     from musetalk.media import EncoderSettings, MediaLimits
     from musetalk.models import Models
     from musetalk.options import RenderOptions
@@ -121,6 +122,7 @@ class Core:
         self._slot = threading.Lock()
         self._models: Models | None = None
         self._encoder: EncoderSettings | None = None
+        self._avatars: AvatarCache | None = None
         self._batch_size = settings.batch_size
         self._failure: str | None = None
         self._is_lost = threading.Lock()
@@ -146,6 +148,7 @@ class Core:
             self._check_machine()
             models = self._load_models()
             self._encoder = self._choose_encoder(models)
+            self._avatars = self._open_avatars()
         except Exception as error:
             self._failure = str(error)
             raise
@@ -236,6 +239,17 @@ class Core:
         if reason:
             logger.info("encoder chosen", extra={"encoder": encoder.codec, "reason": reason})
         return replace(encoder, preset=settings.video_preset, crf=settings.video_crf)
+
+    def _open_avatars(self) -> AvatarCache | None:
+        from musetalk.avatars import AvatarCache
+
+        settings = self.settings
+        if not settings.avatar_memory_mb and not settings.avatar_disk_mb:
+            return None
+        mib = 2**20
+        return AvatarCache(
+            settings.avatar_dir, memory_bytes=settings.avatar_memory_mb * mib, disk_bytes=settings.avatar_disk_mb * mib
+        )
 
     def start_loading(self) -> threading.Thread:
         """`load` in a thread, so that the server can say "starting" meanwhile; a failure is logged and kept."""
@@ -490,7 +504,16 @@ class Core:
     ) -> RenderSummary:
         from musetalk.render import RenderSession
 
-        session = RenderSession(models, source, audio, output, options, limits=self._limits(), encoder=self._encoder)
+        session = RenderSession(
+            models,
+            source,
+            audio,
+            output,
+            options,
+            limits=self._limits(),
+            encoder=self._encoder,
+            avatars=self._avatars,
+        )
         with session:
             with run.stage("validation"):
                 session.probe()
@@ -633,6 +656,7 @@ def _video_facts(summary: RenderSummary) -> dict[str, object]:
         "source_frames": summary.n_source_frames,
         "source_frames_without_face": summary.n_without_face,
         "source_frames_interpolated": summary.n_interpolated,
+        "source_frames_reused": summary.n_reused,
         "encoder": summary.encoder,
     }
 

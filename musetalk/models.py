@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from errors import WeightsError
 from musetalk import weights
 from musetalk.audio import AudioEncoder
 from musetalk.faces import FaceFinder, FaceParser, FaceParserLike, PoseFaceFinder
 from musetalk.generator import Generator
-from musetalk.mesh_faces import JawParser, MeshFaceFinder, NoFaceFinder, find_files
+from musetalk.mesh_faces import MESH_IDENTITY, JawParser, MeshFaceFinder, NoFaceFinder, find_files
 from musetalk.networks.bisenet import bisenet_from_state
 from musetalk.networks.rtmpose import rtmpose_from_state
 from musetalk.networks.s3fd import s3fd_from_state
@@ -35,6 +38,8 @@ class Models:
     generator: Generator
     faces: FaceFinder
     parser: FaceParserLike
+    # Of everything that prepares a source; empty: nothing is kept for later jobs.
+    fingerprint: str = ""
 
 
 def find_version(models_dir: Path, demo_dir: Path | None = None) -> tuple[weights.ModelVersion, Path]:
@@ -82,7 +87,7 @@ def load_models(
     )
     audio = AudioEncoder.load(files.whisper_dir, device=device, dtype=dtype)
     generator.check_audio_width(audio.d_model)
-    faces, parser = _load_faces(files, device)
+    faces, parser, preparing = _load_faces(files, device)
     return Models(
         version=version,
         device=device,
@@ -91,22 +96,39 @@ def load_models(
         generator=generator,
         faces=faces,
         parser=parser,
+        fingerprint=fingerprint(*generator.encoding_modules(), *preparing),
     )
 
 
-def _load_faces(files: weights.ModelFiles, device: torch.device) -> tuple[FaceFinder, FaceParserLike]:
-    """The official face networks, or, where a version has none, what stands for them."""
+def fingerprint(*parts: nn.Module | str) -> str:
+    """64 hex digits that change with any weight of the networks and with any of the texts among `parts`."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+            continue
+        for name, tensor in part.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _load_faces(
+    files: weights.ModelFiles, device: torch.device
+) -> tuple[FaceFinder, FaceParserLike, Sequence[nn.Module | str]]:
+    """The official face networks, or, where a version has none, what stands for them; and what identifies them."""
     if files.pose is None or files.detector is None or files.parsing is None:
         try:
-            return MeshFaceFinder(*find_files()), JawParser()
+            finder, identity = MeshFaceFinder(*find_files()), MESH_IDENTITY
         except WeightsError as error:
             # A job that names its face box can still be done.
-            return NoFaceFinder(error.message), JawParser()
+            return NoFaceFinder(error.message), JawParser(), ["no faces"]
+        return finder, JawParser(), [identity]
     with weights.loading(files.pose.name):
         pose = rtmpose_from_state(weights.read_state(files.pose)).to(device, FACE_DTYPE)
     with weights.loading(files.detector.name):
         detector = s3fd_from_state(weights.read_state(files.detector)).to(device, FACE_DTYPE)
     with weights.loading(files.parsing.name):
         parsing = bisenet_from_state(weights.read_state(files.parsing)).to(device, FACE_DTYPE)
-    finder = PoseFaceFinder(pose, detector, device=device, dtype=FACE_DTYPE)
-    return finder, FaceParser(parsing, device=device, dtype=FACE_DTYPE)
+    parser = FaceParser(parsing, device=device, dtype=FACE_DTYPE)
+    return PoseFaceFinder(pose, detector, device=device, dtype=FACE_DTYPE), parser, [pose, detector, parsing]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from errors import CancelledError, NoFaceError, OutOfMemoryError
 from musetalk import media
+from musetalk.avatars import Avatar, AvatarCache, PreparedFace, Tier, avatar_key, file_digest
 from musetalk.blending import PastePlan, blend_mask, colour_band, crop_for_parsing, face_mask
 from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes
 from musetalk.frame_store import FrameStore
@@ -38,34 +39,21 @@ FIND_BATCH = 8
 
 @dataclass(frozen=True)
 class Record:
-    """One source picture, prepared; without a face it keeps only its planes.
-
-    `band` holds the colours that patches are matched to, where the options ask for that.
-    """
+    """One source picture and its prepared face; without a face it is shown as it is."""
 
     planes: Planes
-    plan: PastePlan | None = None
-    latents: NDArray[Any] | None = None
-    band: NDArray[np.float32] | None = None
+    face: PreparedFace | None = None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The record as named arrays, for the frame store."""
         named: dict[str, NDArray[Any]] = {"y": self.planes.y, "u": self.planes.u, "v": self.planes.v}
-        if self.plan is not None and self.latents is not None:
-            named["latents"] = self.latents
-            if self.band is not None:
-                named["band"] = self.band
-            named.update({f"plan_{name}": array for name, array in self.plan.arrays().items()})
-        return named
+        return named if self.face is None else {**named, **self.face.arrays()}
 
     @staticmethod
     def from_arrays(named: dict[str, NDArray[Any]]) -> Record:
         """The record that `arrays` described."""
         planes = Planes(named["y"], named["u"], named["v"])
-        if "latents" not in named:
-            return Record(planes)
-        plan = {name.removeprefix("plan_"): array for name, array in named.items() if name.startswith("plan_")}
-        return Record(planes, PastePlan.from_arrays(plan), named["latents"], named.get("band"))
+        return Record(planes, PreparedFace.from_arrays(named) if "latents" in named else None)
 
 
 class Batches:
@@ -111,15 +99,43 @@ class SourcePreparer:
         options: RenderOptions,
         limits: media.MediaLimits,
         batches: Batches,
+        avatars: AvatarCache | None = None,
     ) -> None:
-        """Raises MediaError when the options' face box does not fit the source."""
+        """What `avatars` has of this source is used. Raises RequestError when the face box does not fit the source."""
         self.models, self.info, self.options = models, info, options
         self._path, self._limits, self._batches = path, limits, batches
+        self._avatars = avatars if models.fingerprint else None
+        self.kept_in: Tier | None = None
+        self._kept = Avatar()
+        self._fresh: dict[int, PreparedFace] = {}
+        self._fresh_bytes = 0
+        if self._avatars is not None:
+            self._key = avatar_key(file_digest(path), models.fingerprint, self._choices())
+            if (hit := self._avatars.get(self._key)) is not None:
+                self._kept, self.kept_in = hit
         self._fixed = None if options.face_box is None else fixed_face(options.face_box, info.width, info.height)
         self._faces: list[Face | None] | None = None
+        self._found: tuple[Face | None, ...] = ()
+        self._is_whole = False
         self.n_frames = 0
         self.n_without_face = 0
         self.n_interpolated = 0
+        self._reused: set[int] = set()
+
+    def _choices(self) -> dict[str, object]:
+        """Everything but the source and the networks that changes what is prepared of a frame."""
+        options, info = self.options, self.info
+        return {
+            "device": self.models.device.type,
+            "dtype": str(self.models.dtype),
+            "frames": [info.width, info.height, str(info.rate), info.colour.matrix],
+            "face_box": options.face_box,
+            "bbox_shift": options.bbox_shift,
+            "margin": [options.extra_margin, options.margin_share],
+            "mask": [options.mask_mode, options.left_cheek_width, options.right_cheek_width, options.mask_blur],
+            "match_colours": options.match_colours,
+            "boxes": [options.box_smoothing, options.max_gap_frames],
+        }
 
     def find_faces(self, max_frames: int, should_stop: Callable[[], bool]) -> list[Box]:
         """Find the face of each of the first `max_frames` frames; returns the crop boxes found (without margin).
@@ -129,18 +145,11 @@ class SourcePreparer:
         """
         if self._fixed is not None:
             return [self._fixed.box]
-        faces: list[Face | None] = []
-        with self._open(max_frames) as frames:
-            for batch in _batched(frames, FIND_BATCH):
-                if should_stop():
-                    raise CancelledError("the job was cancelled")
-                pictures = [
-                    planes_to_bgr(frame.planes, self.info.colour.matrix) for frame in batch if not frame.is_repeat
-                ]
-                shift = self.options.bbox_shift
-                found = iter(self.models.faces.find(pictures, bbox_shift=shift) if pictures else [])
-                for frame in batch:
-                    faces.append(faces[-1] if frame.is_repeat else next(found))
+        self._found, self._is_whole = self._kept.found, self._kept.is_whole
+        faces = self._kept.faces_of(max_frames)
+        if faces is None:
+            faces = self._found = self._search(max_frames, should_stop)
+            self._is_whole = len(faces) < max_frames
         n_found = sum(face is not None for face in faces)
         if n_found == 0:
             raise NoFaceError("no frame of the source shows a face", frames=len(faces))
@@ -149,6 +158,33 @@ class SourcePreparer:
         self.n_interpolated = sum(face is not None for face in filled) - n_found
         self._faces = smooth_boxes(filled, self.options.box_smoothing)
         return [face.box for face in self._faces if face is not None]
+
+    def _search(self, max_frames: int, should_stop: Callable[[], bool]) -> tuple[Face | None, ...]:
+        """What the detector says of the first `max_frames` frames; those it was asked about before it is not asked."""
+        faces = list(self._kept.found)
+        n_known = len(faces)
+        with self._open(max_frames) as frames:
+            for batch in _batched(islice(frames, n_known, None), FIND_BATCH):
+                if should_stop():
+                    raise CancelledError("the job was cancelled")
+                new = [frame for frame in batch if not frame.is_repeat or (not faces and frame is batch[0])]
+                pictures = [planes_to_bgr(frame.planes, self.info.colour.matrix) for frame in new]
+                shift = self.options.bbox_shift
+                found = iter(self.models.faces.find(pictures, bbox_shift=shift) if pictures else [])
+                for frame in batch:
+                    faces.append(faces[-1] if frame.is_repeat and faces else next(found))
+        return tuple(faces)
+
+    def keep(self) -> None:
+        """Leave what was prepared to later jobs, unless it is too large or nothing is new."""
+        is_new = bool(self._fresh) or len(self._found) > len(self._kept.found) or self._is_whole != self._kept.is_whole
+        if self._avatars is None or not is_new or self._is_too_large():
+            return
+        avatar = Avatar(self._found, self._is_whole, {**self._kept.prepared, **self._fresh})
+        self._avatars.put(self._key, avatar)
+
+    def _is_too_large(self) -> bool:
+        return self._avatars is None or self._kept.n_bytes + self._fresh_bytes > self._avatars.largest_bytes
 
     def in_output_order(self, n_output: int, store: FrameStore) -> Generator[Record, None, None]:
         """The prepared picture of each of `n_output` output frames: forwards, then to and fro.
@@ -166,7 +202,7 @@ class SourcePreparer:
                     order.append(order[-1] + 1 if order else 0)
                     if keep:
                         store.put(order[-1], record.arrays())
-                self.n_without_face += record.plan is None
+                self.n_without_face += record.face is None
                 yield record
         self.n_frames = len(order)
         if len(order) < n_output and not keep:
@@ -200,31 +236,68 @@ class SourcePreparer:
 
     def _prepare(self, frames: Sequence[media.SourceFrame]) -> list[Record]:
         """Latents and masks of source frames, each network run once over all of them."""
+        boxes = [self._box(frame) for frame in frames]
+        kept = [
+            None if box is None else self._kept_face(frame.index, box) for frame, box in zip(frames, boxes, strict=True)
+        ]
+        missing = [
+            (frame, box)
+            for frame, box, face in zip(frames, boxes, kept, strict=True)
+            if box is not None and face is None
+        ]
+        fresh = iter(self._encode(missing))
+        records = []
+        for frame, box, face in zip(frames, boxes, kept, strict=True):
+            if box is not None and face is None:
+                face = next(fresh)  # noqa: PLW2901 - what was missing is there now
+                self._remember(frame.index, face)
+            records.append(Record(frame.planes, face))
+        return records
+
+    def _box(self, frame: media.SourceFrame) -> Box | None:
+        """The crop box in a source frame, margin included; None without a face."""
+        face = self._face(frame.index)
+        if face is None:
+            return None
+        margin = self.options.extra_margin + round(self.options.margin_share * face.box.height)
+        return face.box.with_bottom_margin(margin, frame.planes.height)
+
+    def _kept_face(self, index: int, box: Box) -> PreparedFace | None:
+        """What is prepared of a frame already; its box depends on later frames, so another one may be wanted now."""
+        if (face := self._fresh.get(index)) is not None and face.plan.box == box:
+            return face
+        if (face := self._kept.prepared.get(index)) is not None and face.plan.box == box:
+            self._reused.add(index)
+            return face
+        return None
+
+    @property
+    def n_reused(self) -> int:
+        """Frames of the source that an earlier job had prepared."""
+        return len(self._reused)
+
+    def _remember(self, index: int, face: PreparedFace) -> None:
+        """Collect for `keep`, as long as it does not grow beyond what will be kept."""
+        if self._is_too_large():
+            self._fresh.clear()
+            return
+        self._fresh[index] = face
+        self._fresh_bytes += face.n_bytes
+
+    def _encode(self, places: Sequence[tuple[media.SourceFrame, Box]]) -> Iterator[PreparedFace]:
+        """Run both networks over the faces at `places`, in whole batches."""
         crops: list[UInt8Array] = []
         squares: list[UInt8Array] = []
-        boxes: list[tuple[Box, Box] | None] = []
-        for frame in frames:
-            face = self._face(frame.index)
-            if face is None:
-                boxes.append(None)
-                continue
-            margin = self.options.extra_margin + round(self.options.margin_share * face.box.height)
-            box = face.box.with_bottom_margin(margin, frame.planes.height)
+        for frame, box in places:
             around = blend_box(box)
             region = _union(box, around).clipped(frame.planes.width, frame.planes.height)
             picture = planes_to_bgr(frame.planes, self.info.colour.matrix, region)
             crops.append(crop_patch(picture, box.shifted(-region.x0, -region.y0), self.models.generator.crop_px))
             squares.append(crop_for_parsing(picture, around.shifted(-region.x0, -region.y0)))
-            boxes.append((box, around))
-        latents = iter(self._latents(crops))
-        labels = iter(self._labels(squares))
-        bands = iter([colour_band(crop) if self.options.match_colours else None for crop in crops])
-        return [
-            Record(frame.planes)
-            if pair is None
-            else Record(frame.planes, self._paste_plan(next(labels), *pair, frame.planes), next(latents), next(bands))
-            for frame, pair in zip(frames, boxes, strict=True)
-        ]
+        latents, labels = self._latents(crops), self._labels(squares)
+        for (frame, box), crop in zip(places, crops, strict=True):
+            band = colour_band(crop) if self.options.match_colours else None
+            yield PreparedFace(self._paste_plan(next(labels), box, frame.planes), next(latents), band)
 
     def _face(self, index: int) -> Face | None:
         if self._fixed is not None:
@@ -242,8 +315,8 @@ class SourcePreparer:
         for part in self._batches.run(lambda part: self.models.parser.labels(squares[part]), len(squares)):
             yield from part
 
-    def _paste_plan(self, labels: UInt8Array, box: Box, around: Box, planes: Planes) -> PastePlan:
-        options = self.options
+    def _paste_plan(self, labels: UInt8Array, box: Box, planes: Planes) -> PastePlan:
+        options, around = self.options, blend_box(box)
         mask = face_mask(labels, options.mask_mode, options.left_cheek_width, options.right_cheek_width)
         mask = blend_mask(mask, box, around, blur=options.mask_blur)
         return PastePlan.prepare(mask, box, around, planes.width, planes.height)

@@ -23,6 +23,7 @@ import torch
 from errors import CancelledError, MediaError, RequestError
 from musetalk import media
 from musetalk.audio import SAMPLE_RATE, audio_windows, n_output_frames
+from musetalk.avatars import AvatarCache
 from musetalk.blending import match_colours, paste_planes
 from musetalk.devices import gpu_errors
 from musetalk.frame_store import FrameStore
@@ -53,6 +54,7 @@ class RenderSummary:
     n_source_frames: int
     n_without_face: int
     n_interpolated: int
+    n_reused: int
     generator_s: float
     encoder: str
     warnings: tuple[str, ...]
@@ -74,11 +76,13 @@ class RenderSession:
         *,
         limits: media.MediaLimits | None = None,
         encoder: media.EncoderSettings | None = None,
+        avatars: AvatarCache | None = None,
     ) -> None:
         self.models, self.options = models, options
         self._source_path, self._audio_path, self._output_path = source, audio, output
         self._limits = limits or media.MediaLimits()
         self._encoder = encoder or media.EncoderSettings()
+        self._avatars = avatars
         self._batches = Batches(options.batch_size)
         self._warnings: list[str] = []
         self._stack = ExitStack()
@@ -102,7 +106,13 @@ class RenderSession:
         self._source = media.probe_source(self._source_path, self._limits)
         self._audio = media.probe_audio(self._audio_path, self._limits)
         self._preparer = SourcePreparer(
-            self.models, self._source_path, self._source, self.options, self._limits, self._batches
+            self.models,
+            self._source_path,
+            self._source,
+            self.options,
+            self._limits,
+            self._batches,
+            self._avatars,
         )
 
     def prepare(self, should_stop: Callable[[], bool] = lambda: False) -> None:
@@ -178,7 +188,7 @@ class RenderSession:
         ):
             for record in records:
                 pending.append(record)
-                n_faces = sum(waiting.plan is not None for waiting in pending)
+                n_faces = sum(waiting.face is not None for waiting in pending)
                 if n_faces >= options.batch_size or len(pending) >= MAX_PENDING_BATCHES * options.batch_size:
                     _check(should_stop)
                     done = self._emit(pending, done, sink)
@@ -186,16 +196,17 @@ class RenderSession:
             _check(should_stop)
             done = self._emit(pending, done, sink)
         on_progress(done, self.n_frames)
+        self._preparer.keep()
 
     def _emit(self, pending: list[Record], first: int, sink: BackgroundWriter[tuple[Record, UInt8Array | None]]) -> int:
         """Generate the patches of the waiting frames and hand all of them on in order; empties `pending`.
 
         `first` is the output index of the first one; returns that of the next.
         """
-        with_face = [index for index, record in enumerate(pending) if record.plan is not None]
+        with_face = [index for index, record in enumerate(pending) if record.face is not None]
         patches = iter(self._patches(pending, first, with_face))
         for record in pending:
-            sink.put((record, None if record.plan is None else next(patches)))
+            sink.put((record, None if record.face is None else next(patches)))
         count = len(pending)
         pending.clear()
         return first + count
@@ -205,7 +216,7 @@ class RenderSession:
             return []
         started = time.monotonic()
         windows = audio_windows(self._features, first, len(records), self._source.rate)[with_face]
-        latents = torch.from_numpy(np.stack([records[index].latents for index in with_face]))  # type: ignore[misc]
+        latents = torch.from_numpy(np.stack([face.latents for record in records if (face := record.face) is not None]))
         parts = self._batches.run(
             lambda part: self.models.generator.generate(latents[part], windows[part]), len(with_face)
         )
@@ -215,12 +226,12 @@ class RenderSession:
     def _paste_and_encode(self, item: tuple[Record, UInt8Array | None]) -> None:
         """In the encoder's thread: paste into a copy (the record may be shown again), crop or scale, encode."""
         record, patch = item
-        planes = record.planes
-        if record.plan is not None and patch is not None:
+        planes, face = record.planes, record.face
+        if face is not None and patch is not None:
             planes = planes.copy()
-            if record.band is not None:
-                patch = match_colours(patch, record.band)
-            paste_planes(planes, record.plan, patch, self._source.colour.matrix)
+            if face.band is not None:
+                patch = match_colours(patch, face.band)
+            paste_planes(planes, face.plan, patch, self._source.colour.matrix)
         self._writer.write(media.fit_planes(planes, self._plan.crop, (self._plan.width, self._plan.height)))
 
     def finish(self) -> RenderSummary:
@@ -236,6 +247,7 @@ class RenderSession:
             n_source_frames=self._preparer.n_frames,
             n_without_face=self._preparer.n_without_face,
             n_interpolated=self._preparer.n_interpolated,
+            n_reused=self._preparer.n_reused,
             generator_s=self.generator_s,
             encoder=info.codec,
             warnings=tuple(self._warnings),

@@ -29,7 +29,11 @@ class ScriptedCore(Core):
     """A real core whose work is replaced: `outcome` is returned or raised."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
-        folders = {"OUTPUT_DIR": str(folder / "outputs"), "WORK_DIR": str(folder / "work")}
+        folders = {
+            "OUTPUT_DIR": str(folder / "outputs"),
+            "WORK_DIR": str(folder / "work"),
+            "AVATAR_DIR": str(folder / "a"),
+        }
         super().__init__(load_settings({**folders, "GPU_CLASS": "RTX", **environment}, None))
         self.state = Readiness("ready", "v15")
         self.jobs: list[Job] = []

@@ -31,6 +31,9 @@ def core(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Core:
             "OUTPUT_DIR": str(folder / "outputs"),
             "WORK_DIR": str(folder / "work"),
             "BATCH_SIZE": "8",
+            # What one test prepared must not serve another; tests/e2e/test_avatars.py switches it on.
+            "AVATAR_MEMORY_MB": "0",
+            "AVATAR_DISK_MB": "0",
         },
         env_file=None,
     )

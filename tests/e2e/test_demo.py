@@ -84,6 +84,7 @@ def test_one_command_shows_the_demo(tmp_path: Path) -> None:
         "MUSETALK_PYTHON": sys.executable,
         "OUTPUT_DIR": str(tmp_path / "outputs"),
         "WORK_DIR": str(tmp_path / "work"),
+        "AVATAR_DIR": str(tmp_path / "avatars"),
         "MIN_FREE_DISK_MB": "16",
     }
     done = subprocess.run(
@@ -118,6 +119,10 @@ def test_one_command_shows_the_demo(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_asks_for_the_demo_gets_it(tmp_path: Path) -> None:
-    core = Core(load_settings({"MUSETALK_MODEL": "demo", "MUSETALK_DEVICE": "cpu", "WORK_DIR": str(tmp_path)}, None))
+    core = Core(
+        load_settings(
+            {"MUSETALK_MODEL": "demo", "MUSETALK_DEVICE": "cpu", "WORK_DIR": str(tmp_path), "AVATAR_DISK_MB": "0"}, None
+        )
+    )
     core.load()
     assert core.readiness.model == "demo"

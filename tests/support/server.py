@@ -61,6 +61,7 @@ class Server:
             "MUSETALK_DEVICE": "cpu",
             "OUTPUT_DIR": str(folder / "outputs"),
             "WORK_DIR": str(folder / "work"),
+            "AVATAR_DIR": str(folder / "avatars"),
             "ALLOW_FILE_URLS": "1",
             "FILE_URL_ROOTS": str(folder / "media"),
             "FAULTS_DIR": str(folder / "faults"),

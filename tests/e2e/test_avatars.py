@@ -1,0 +1,246 @@
+"""A source seen before: the same video to the byte, and nothing of it is searched or encoded a second time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from config import load_settings
+from musetalk.avatars import SUFFIX, read_avatar
+from musetalk.faces import Face
+from musetalk.geometry import Box
+from musetalk_core import Core, Rendered
+from tests.e2e.test_render import FACE, frames_of, make_audio, make_source, render
+from tests.support import clips
+
+
+class CountingFaces:
+    """Finds a box that moves with the number a frame shows, and remembers what it was asked."""
+
+    def __init__(self, without: frozenset[int] = frozenset()) -> None:
+        self.without = without
+        self.seen: list[int] = []
+
+    def find(self, frames: Sequence[Any], *, bbox_shift: int = 0) -> list[Face | None]:
+        found: list[Face | None] = []
+        for frame in frames:
+            number = clips.read_number(frame.mean(axis=2))
+            assert number is not None
+            self.seen.append(number)
+            box = Box(*FACE).shifted(number % 3, number % 2)
+            found.append(None if number in self.without else Face(box, None, 0.9))
+        return found
+
+
+class Worker:
+    """A core with its own avatars and the loaded networks of another, which tells what they are asked."""
+
+    def __init__(self, loaded: Core, folder: Path, **variables: str) -> None:
+        settings = {
+            "MUSETALK_DEVICE": "cpu",
+            "WORK_DIR": str(folder / "work"),
+            "OUTPUT_DIR": str(folder / "outputs"),
+            "AVATAR_DIR": str(folder / "avatars"),
+            "BATCH_SIZE": "4",
+        }
+        self.core = Core(load_settings({**settings, **variables}, env_file=None))
+        self.faces = CountingFaces()
+        assert loaded._models is not None
+        self.core._models = replace(loaded._models, faces=self.faces)
+        self.core._encoder = loaded._encoder
+        self.core._avatars = self.core._open_avatars()
+        self.n_encoded = 0
+
+    def render(self, source: Path, audio: Path, output: Path, **params: Any) -> Rendered:
+        """A job; the detector's and encoder's counts start anew."""
+        self.faces.seen.clear()
+        self.n_encoded = 0
+        assert self.core._models is not None
+        generator = self.core._models.generator
+        encode = generator.encode
+
+        def counting(crops: Any) -> Any:
+            self.n_encoded += len(crops)
+            return encode(crops)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generator, "encode", counting)
+            rendered = render(self.core, source, audio, output, **{"face_box": None, **params})
+        cache = self.core._avatars
+        if cache is not None:
+            cache.flush()
+        return rendered
+
+
+@pytest.fixture
+def start(core: Core, tmp_path: Path) -> Callable[..., Worker]:
+    def make(name: str = "worker", **variables: str) -> Worker:
+        return Worker(core, tmp_path / name, **variables)
+
+    return make
+
+
+@pytest.fixture
+def media_of(tmp_path: Path) -> tuple[Path, Path]:
+    return make_source(tmp_path / "source.mp4", 9), make_audio(tmp_path / "a.wav", 0.6)
+
+
+def same_within_one_level(first: Path, second: Path) -> bool:
+    return all(
+        int(np.abs(a.y.astype(int) - b.y).max()) <= 1 for a, b in zip(frames_of(first), frames_of(second), strict=True)
+    )
+
+
+def test_the_second_video_is_the_first_to_the_byte_without_searching_or_encoding(
+    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+) -> None:
+    worker = start()
+    cold = worker.render(*media_of, tmp_path / "cold.mp4")
+    assert worker.faces.seen == list(range(9))
+    assert (worker.n_encoded, cold.summary.n_reused) == (9, 0)
+    warm = worker.render(*media_of, tmp_path / "warm.mp4")
+    assert (worker.faces.seen, worker.n_encoded, warm.summary.n_reused) == ([], 0, 9)
+    off = start("off", AVATAR_MEMORY_MB="0", AVATAR_DISK_MB="0")
+    off.render(*media_of, tmp_path / "off.mp4")
+    assert off.core._avatars is None
+    assert (tmp_path / "warm.mp4").read_bytes() == (tmp_path / "cold.mp4").read_bytes()
+    assert (tmp_path / "off.mp4").read_bytes() == (tmp_path / "cold.mp4").read_bytes()
+
+
+def test_the_same_bytes_under_another_name_and_another_speech_are_the_same_source(
+    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+) -> None:
+    worker = start()
+    worker.render(*media_of, tmp_path / "cold.mp4")
+    renamed = tmp_path / "other.bin"
+    renamed.write_bytes(media_of[0].read_bytes())
+    worker.render(renamed, make_audio(tmp_path / "b.wav", 0.4), tmp_path / "warm.mp4")
+    assert (worker.faces.seen, worker.n_encoded) == ([], 0)
+
+
+def test_a_restarted_worker_still_knows_the_source(
+    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+) -> None:
+    start().render(*media_of, tmp_path / "cold.mp4")
+    restarted = start()
+    restarted.render(*media_of, tmp_path / "warm.mp4")
+    assert (restarted.faces.seen, restarted.n_encoded) == ([], 0)
+    assert (tmp_path / "warm.mp4").read_bytes() == (tmp_path / "cold.mp4").read_bytes()
+
+
+def test_a_broken_file_is_prepared_anew_and_mended(
+    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+) -> None:
+    start().render(*media_of, tmp_path / "cold.mp4")
+    (path,) = (tmp_path / "worker/avatars").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    restarted = start()
+    restarted.render(*media_of, tmp_path / "again.mp4")
+    assert restarted.n_encoded == 9
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "cold.mp4").read_bytes()
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"extra_margin": 3},
+        {"parsing_mode": "raw"},
+        {"left_cheek_width": 60},
+        {"right_cheek_width": 60},
+        {"box_smoothing": 1.5},
+        {"max_gap_frames": 0},
+        {"face_box": FACE},
+    ],
+    ids=lambda params: next(iter(params)),
+)
+def test_a_choice_that_changes_pixels_is_prepared_for_itself(
+    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path, params: dict[str, Any]
+) -> None:
+    worker = start()
+    worker.render(*media_of, tmp_path / "plain.mp4")
+    assert worker.render(*media_of, tmp_path / "warm.mp4", **params).summary.n_reused == 0
+    other = start("other")
+    other.render(*media_of, tmp_path / "cold.mp4", **params)
+    assert (tmp_path / "warm.mp4").read_bytes() == (tmp_path / "cold.mp4").read_bytes()
+
+
+def test_other_weights_are_another_avatar(
+    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+) -> None:
+    worker = start()
+    worker.render(*media_of, tmp_path / "cold.mp4")
+    models = worker.core._models
+    assert models is not None
+    worker.core._models = replace(models, fingerprint="of other weights")
+    assert worker.render(*media_of, tmp_path / "other.mp4").summary.n_reused == 0
+
+
+@pytest.mark.parametrize("params", [{}, {"box_smoothing": 1.5}, {"max_gap_frames": 4}], ids=["plain", "smooth", "gaps"])
+def test_only_what_the_sound_reaches_is_prepared_and_a_longer_speech_adds_the_rest(
+    start: Callable[..., Worker], tmp_path: Path, params: dict[str, Any]
+) -> None:
+    """Boxes near the old end look at frames behind it: where one changes, the frame is prepared again."""
+    source = make_source(tmp_path / "source.mp4", 30)
+    short, long = make_audio(tmp_path / "a.wav", 0.4), make_audio(tmp_path / "b.wav", 1.0)
+    worker = start()
+    worker.faces.without = frozenset({9, 10})
+    worker.render(source, short, tmp_path / "short.mp4", **params)
+    assert worker.faces.seen == list(range(10))
+    worker.render(source, long, tmp_path / "long.mp4", **params)
+    assert worker.faces.seen == list(range(10, 25))
+    assert worker.n_encoded < 25
+    (path,) = (tmp_path / "worker/avatars").glob(f"*{SUFFIX}")
+    avatar = read_avatar(path)
+    assert len(avatar.found) == 25
+    assert not avatar.is_whole
+    cold = start("cold")
+    cold.faces.without = frozenset({9, 10})
+    cold.render(source, long, tmp_path / "cold.mp4", **params)
+    assert same_within_one_level(tmp_path / "long.mp4", tmp_path / "cold.mp4")
+    worker.render(source, short, tmp_path / "again.mp4", **params)
+    assert same_within_one_level(tmp_path / "again.mp4", tmp_path / "short.mp4")
+
+
+def test_a_source_that_ended_is_not_read_again_for_a_longer_speech(
+    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+) -> None:
+    worker = start()
+    worker.render(*media_of, tmp_path / "short.mp4")
+    worker.render(media_of[0], make_audio(tmp_path / "b.wav", 1.4), tmp_path / "long.mp4")
+    assert (worker.faces.seen, worker.n_encoded) == ([], 0)
+
+
+def test_a_failed_job_leaves_no_avatar(
+    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+) -> None:
+    worker = start()
+    stopped = [False]
+
+    def progress(stage: str, done: int, _total: int) -> None:
+        stopped[0] = stage == "inference" and done > 0
+
+    from errors import CancelledError
+    from jobs import JobParams
+
+    with pytest.raises(CancelledError):
+        worker.core.render(
+            *media_of, tmp_path / "out.mp4", JobParams(), on_progress=progress, should_stop=lambda: stopped[0]
+        )
+    assert list((tmp_path / "worker/avatars").iterdir()) == []
+
+
+def test_a_source_larger_than_the_budget_is_rendered_and_not_kept(start: Callable[..., Worker], tmp_path: Path) -> None:
+    source, audio = make_source(tmp_path / "source.mp4", 40), make_audio(tmp_path / "a.wav", 1.6)
+    worker = start(AVATAR_MEMORY_MB="1", AVATAR_DISK_MB="1")
+    worker.render(source, audio, tmp_path / "out.mp4")
+    assert worker.n_encoded == 40
+    assert list((tmp_path / "worker/avatars").iterdir()) == []
+    assert worker.render(source, audio, tmp_path / "again.mp4").summary.n_reused == 0
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "out.mp4").read_bytes()
