@@ -126,7 +126,7 @@ def fetch(
         missing = [entry for entry in wanted(manifest, version) if not _is_there(models_dir, entry, watcher.say)]
         if not missing:
             return []
-        remotes = [_patiently(lambda entry=entry: _describe(entry, endpoint), entry, pause) for entry in missing]  # type: ignore[misc]
+        remotes = _describe_all(missing, endpoint, watcher.say, pause)
         for remote in remotes:
             _refuse_another_file(remote)
         _check_room(models_dir, remotes, room_for_conversion)
@@ -239,6 +239,32 @@ def _check_room(models_dir: Path, remotes: Sequence[_Remote], room_for_conversio
 # -- what the hosts say -----------------------------------------------------------------------------------------------
 
 
+def _describe_all(
+    entries: Sequence[WeightFile], endpoint: str | None, say: Callable[[str], None], pause: Callable[[float], None]
+) -> list[_Remote]:
+    """Ask for all before anything large is fetched, so that a refusal is told at once."""
+    remotes: list[_Remote] = []
+    for entry in entries:
+        try:
+            remotes.append(_patiently(entry, endpoint, pause))
+        except WeightsError as error:
+            if entry.is_needed:
+                raise
+            say(f"{error.message}; it is not needed")
+    return remotes
+
+
+def _patiently(entry: WeightFile, endpoint: str | None, pause: Callable[[float], None]) -> _Remote:
+    for n_try in range(TRIES):
+        try:
+            return _describe(entry, endpoint)
+        except _FaultError as fault:
+            if n_try + 1 == TRIES:
+                raise _gave_up(entry, fault) from None
+        pause(min(_MAX_PAUSE_S, 2.0**n_try))
+    raise AssertionError("every try ends")
+
+
 def _describe(entry: WeightFile, endpoint: str | None) -> _Remote:
     """Ask for size and sum of a file without its content."""
     with _told(entry):
@@ -342,17 +368,6 @@ def _client_errors() -> tuple[type[Exception], ...]:
     return (error,)
 
 
-def _patiently(ask: Callable[[], _Remote], entry: WeightFile, pause: Callable[[float], None]) -> _Remote:
-    for n_try in range(TRIES):
-        try:
-            return ask()
-        except _FaultError as fault:
-            if n_try + 1 == TRIES:
-                raise _gave_up(entry, fault) from None
-        pause(min(_MAX_PAUSE_S, 2.0**n_try))
-    raise AssertionError("every try ends")
-
-
 def _gave_up(entry: WeightFile, fault: _FaultError) -> WeightsError:
     return WeightsError(
         f"{entry.name} could not be fetched from {entry.source}: {fault}, {TRIES} tries in a row; what came is kept "
@@ -379,7 +394,8 @@ class _Part:
                 if other != self._path:
                     other.unlink()
             self._path.touch()
-            self._file = self._path.open("r+b")
+            # Unbuffered: the file is what came, also after a kill.
+            self._file = self._path.open("r+b", buffering=0)
             while block := self._file.read(_BLOCK_BYTES):
                 self.hash.update(block)
                 self.n_bytes += len(block)
@@ -394,8 +410,10 @@ class _Part:
 
     def write(self, block: bytes) -> None:
         """Append; raises WeightsError when the disk is full."""
+        rest = memoryview(block)
         with self._disk_errors():
-            self._file.write(block)
+            while rest:
+                rest = rest[self._file.write(rest) :]
         self.hash.update(block)
         self.n_bytes += len(block)
 
@@ -413,14 +431,12 @@ class _Part:
     def git_sha1(self) -> str:
         """The sum git knows a file by; the hub keeps small files in git."""
         with self._disk_errors():
-            self._file.flush()
             content = self._path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
     def commit(self, destination: Path) -> None:
         """Give the file its name, when all of it is on the disk."""
         with self._disk_errors():
-            self._file.flush()
             os.fsync(self._file.fileno())
             os.replace(self._path, destination)
 
@@ -511,7 +527,8 @@ class _Download:
             get_session().stream("GET", remote.url, headers=headers, timeout=IDLE_S, follow_redirects=True) as answer,
         ):
             self._begin(part, answer)
-            for block in answer.iter_bytes(_BLOCK_BYTES):
+            # As it comes: with a block size the client would keep, and lose at a cut, what is less than a block.
+            for block in answer.iter_bytes():
                 if n_total is not None and part.n_bytes + len(block) > n_total:
                     part.remove()
                     raise WeightsError(
