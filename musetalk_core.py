@@ -40,6 +40,7 @@ from storage import B2Settings, LocalStoreSettings, Store, open_store
 from telemetry import Metrics, StageClock, configure_logging, job_logging, keep_secret, logger, peak_memory_kb
 
 if TYPE_CHECKING:
+    from musetalk.fetching import Progress, Watcher
     from musetalk.media import EncoderSettings, MediaLimits
     from musetalk.models import Models
     from musetalk.options import RenderOptions
@@ -117,6 +118,8 @@ class Core:
         self.metrics = Metrics()
         # Called once when only a new process can go on; whoever serves the core ends the process.
         self.on_lost: Callable[[str], None] | None = None
+        # Who sees a fetch of weights come in; the log, unless a person waits at a terminal.
+        self.fetch_watcher: Watcher | None = None
         self._store = store or _open_store(settings)
         self._slot = threading.Lock()
         self._models: Models | None = None
@@ -250,27 +253,21 @@ class Core:
     def _fetch_weights(self, version: ModelVersion) -> None:
         """Fetch into the models folder, told in the log and in the readiness; raises WeightsError."""
         from musetalk import manifest
-        from musetalk.fetching import Progress, Watcher, fetch
+        from musetalk.fetching import Watcher, fetch
 
         settings = self.settings
-        told = 0
+        watcher = self.fetch_watcher or Watcher(logger.info, _percent_lines())
 
         def show(progress: Progress) -> None:
-            nonlocal told
             self._start = f"fetching the weights: {progress.percent} %"
-            if progress.percent >= told + 5:
-                told = progress.percent
-                logger.info(
-                    "fetching the weights",
-                    extra={"percent": told, "file": progress.name, "bytes": progress.n_done, "of": progress.n_total},
-                )
+            watcher.on_progress(progress)
 
         self._start = "fetching the weights: 0 %"
         files = manifest.MANIFEST
         if settings.s3fd_url:
             files = manifest.with_s3fd_url(files, settings.s3fd_url)
         started = time.monotonic()
-        fetch(settings.models_dir, version, manifest=files, watcher=Watcher(logger.info, show))
+        fetch(settings.models_dir, version, manifest=files, watcher=Watcher(watcher.say, show))
         self._start = "the models are loading"
         logger.info("weights fetched", extra={"fetch_s": round(time.monotonic() - started, 1)})
 
@@ -627,6 +624,22 @@ def clean_work_dir(work_dir: Path) -> int:
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     return len(stale)
+
+
+def _percent_lines() -> Callable[[Progress], None]:
+    """A log line every five percent."""
+    told = 0
+
+    def show(progress: Progress) -> None:
+        nonlocal told
+        if progress.percent >= told + 5:
+            told = progress.percent
+            logger.info(
+                "fetching the weights",
+                extra={"percent": told, "file": progress.name, "bytes": progress.n_done, "of": progress.n_total},
+            )
+
+    return show
 
 
 _shared: Core | None = None

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from config import Settings, load_settings
 from errors import MuseTalkError
@@ -59,21 +60,25 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def _watching() -> Iterator[Watcher]:
-    """A bar over all files on a terminal, lines of text elsewhere."""
+def watching() -> Iterator[Watcher]:
+    """A bar over all files on a terminal, from the first byte on; lines of text elsewhere."""
     if not sys.stderr.isatty():
         yield Watcher(_say, _lines())
         return
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, desc="weights", file=sys.stderr, dynamic_ncols=True) as bar:
+    with ExitStack() as stack:
+        bars: list[tqdm[NoReturn]] = []
 
         def show(progress: Progress) -> None:
+            if not bars:
+                bars.append(stack.enter_context(tqdm(unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True)))
+            bar = bars[0]
             bar.set_description(progress.name, refresh=False)
             bar.total = progress.n_total
             bar.update(progress.n_done - bar.n)
 
-        yield Watcher(lambda text: bar.write(text, file=sys.stderr), show)
+        yield Watcher(lambda text: tqdm.write(text, file=sys.stderr), show)
 
 
 def _lines() -> Callable[[Progress], None]:
@@ -92,7 +97,7 @@ def _fetch(given: argparse.Namespace, settings: Settings) -> int:
     files = manifest.MANIFEST
     if settings.s3fd_url:
         files = manifest.with_s3fd_url(files, settings.s3fd_url)
-    with _watching() as watcher:
+    with watching() as watcher:
         fetched = fetch(
             given.models_dir,
             given.version,

@@ -19,6 +19,7 @@ import musetalk_core
 from config import load_settings
 from errors import WeightsError
 from musetalk import devices, manifest
+from musetalk.fetching import Watcher
 from musetalk_core import Core
 from tests.support.fake_hub import SIGNATURE, TOKEN, FakeHub, Order, manifest_of
 from tests.support.server import Server, wait_until
@@ -275,6 +276,15 @@ def test_a_gpu_and_no_weights_means_that_they_are_fetched(core_of: Any, hub: Fak
     again = core_of(True)
     again.load()
     assert (again.readiness.model, len(hub.seen)) == ("v15", n_seen)
+
+
+def test_somebody_who_waits_sees_it_come_in(core_of: Any) -> None:
+    core, said, percents = core_of(True), list[str](), list[int]()
+    core.fetch_watcher = Watcher(said.append, lambda progress: percents.append(progress.percent))
+    core.load()
+    assert any(text.startswith(f"fetching {UNET} (") for text in said)
+    assert percents[-1] == 100
+    assert core.readiness.state == "ready"
 
 
 def test_what_is_missing_of_a_folder_is_fetched_too(core_of: Any, hub: FakeHub, tiny_models: Path) -> None:

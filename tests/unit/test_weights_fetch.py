@@ -623,7 +623,7 @@ class Terminal(io.StringIO):
 def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream, wanted in ((Terminal(), ("a.pth", "50%", "100%")), (io.StringIO(), ("50 % (a.pth)", "100 % (a.pth)"))):
         monkeypatch.setattr("sys.stderr", stream)
-        with weights_command._watching() as watcher:
+        with weights_command.watching() as watcher:
             watcher.say("fetching a.pth")
             for n_done in (5_000, 10_000):
                 watcher.on_progress(Progress("a.pth", n_done, 10_000))
