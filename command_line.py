@@ -13,6 +13,7 @@ from errors import MuseTalkError
 from jobs import JobParams, Stage, parse_params
 from musetalk_core import Core, Rendered
 from telemetry import configure_logging
+from weights_command import watching
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = load_settings()
         core = Core(settings)
         print(f"loading the models from {settings.models_dir}", file=sys.stderr)
-        core.load()
+        with watching() as core.fetch_watcher:
+            core.load()
         with tqdm(unit="frame", desc="validation", file=sys.stderr, dynamic_ncols=True) as bar:
 
             def show(stage: Stage, done: int, total: int) -> None:

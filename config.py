@@ -73,6 +73,16 @@ def _choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def _auto_or_flag(value: str) -> str:
+    """`auto`, `1` or `0`."""
+    if value.lower() == "auto":
+        return "auto"
+    try:
+        return "1" if _flag(value) else "0"
+    except ValueError:
+        raise ValueError("must be auto, 1 or 0") from None
+
+
 def _path(value: str) -> Path:
     return Path(value).expanduser()
 
@@ -105,8 +115,10 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("GRACEFUL_TIMEOUT_SEC", "graceful_timeout_s", _seconds(1, 3600), "Time from SIGTERM to the end of the process; ten seconds before it a running job is handed back as retryable.", "120"),
     Variable("MAX_BODY_BYTES", "max_body_bytes", _whole(1024, 2**30), "Largest body of a request.", "1000000"),
     # Model
-    Variable("MUSETALK_MODEL", "model", _choice("auto", "v15", "v1", "demo"), "Which weights to run; `auto` takes v1.5, else v1.0, else the demo model when no official file is there.", "auto"),
+    Variable("MUSETALK_MODEL", "model", _choice("auto", "v15", "v1", "demo"), "Which weights to run; `auto` takes v1.5, else v1.0, else fetches v1.5 or, when no official file is there, runs the demo model.", "auto"),
     Variable("MUSETALK_MODELS_DIR", "models_dir", _path, "Folder with the official `models/` layout.", "models"),
+    Variable("MUSETALK_FETCH_WEIGHTS", "fetch_weights", _auto_or_flag, "Whether missing official weights are fetched at start; `auto`: only on a machine with a GPU that is used.", "auto"),
+    Variable("MUSETALK_S3FD_URL", "s3fd_url", _text, "Another address for S3FD's file, which the hub does not hold; unset: its author's site.", ""),
     Variable("MUSETALK_UNET_MODEL_PATH", "unet_path", _path, "Another UNet weights file than the layout's."),
     Variable("MUSETALK_UNET_CONFIG", "unet_config_path", _path, "Another UNet configuration file than the layout's."),
     Variable("MUSETALK_DEVICE", "device", _choice("auto", "cpu", "cuda"), "Where the networks run; `auto` takes the GPU when there is one.", "auto"),
@@ -180,6 +192,8 @@ class Settings:
     max_body_bytes: int
     model: str
     models_dir: Path
+    fetch_weights: str
+    s3fd_url: str
     unet_path: Path | None
     unet_config_path: Path | None
     device: str
@@ -301,6 +315,9 @@ def _joint_problems(values: Mapping[str, Any]) -> Iterable[str]:
         address = values.get("orchestrator_url" if name[0] == "O" else "buffer_orchestrator_url")
         if address and not re.fullmatch(r"https?://[^\s?#]+", address):
             yield f"{name} must be an http or https address without query"
+    # It may be signed, so a query is fine here.
+    if values.get("s3fd_url") and not re.fullmatch(r"https?://[^\s#]+", values["s3fd_url"]):
+        yield "MUSETALK_S3FD_URL must be an http or https address"
     if not all(character.isprintable() and character.isascii() for character in values.get("internal_api_key") or ""):
         yield "INTERNAL_API_KEY must not hold control characters"
     base = values.get("public_base_url")

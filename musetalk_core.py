@@ -41,6 +41,7 @@ from telemetry import Metrics, StageClock, configure_logging, job_logging, keep_
 
 if TYPE_CHECKING:
     from musetalk.avatars import AvatarCache
+    from musetalk.fetching import Progress, Watcher
     from musetalk.media import EncoderSettings, MediaLimits
     from musetalk.models import Models
     from musetalk.options import RenderOptions
@@ -118,6 +119,8 @@ class Core:
         self.metrics = Metrics()
         # Called once when only a new process can go on; whoever serves the core ends the process.
         self.on_lost: Callable[[str], None] | None = None
+        # Who sees a fetch of weights come in; the log, unless a person waits at a terminal.
+        self.fetch_watcher: Watcher | None = None
         self._store = store or _open_store(settings)
         self._slot = threading.Lock()
         self._models: Models | None = None
@@ -125,6 +128,7 @@ class Core:
         self._avatars: AvatarCache | None = None
         self._batch_size = settings.batch_size
         self._failure: str | None = None
+        self._start = "the models are loading"
         self._is_lost = threading.Lock()
         # A plain flag: it is set by a signal's handler, where taking a lock may never return.
         self._is_draining = False
@@ -169,7 +173,6 @@ class Core:
         from musetalk.warming import warm_up
 
         settings = self.settings
-        version, models_dir = self._choose_model()
         device = devices.choose_device(settings.device)
         if device.type == "cpu" and settings.device == "auto" and has_gpu_hardware():
             raise WeightsError(
@@ -183,6 +186,8 @@ class Core:
             if (problem := devices.gpu_problem(facts, settings.min_gpu_memory_mb)) is not None:
                 raise ProcessingError(problem)
         devices.try_out(device)
+        # After the device: gigabytes are not fetched for a card that cannot be used.
+        version, models_dir = self._choose_model()
         started = time.monotonic()
         models = load_models(
             models_dir,
@@ -211,16 +216,28 @@ class Core:
         return models
 
     def _choose_model(self) -> tuple[ModelVersion, Path]:
-        """Which weights, and where they lie; raises WeightsError."""
+        """Which weights, and where they lie; missing ones are fetched where that is wanted. Raises WeightsError."""
         from musetalk.models import find_version
+        from musetalk.weights import locate
 
         settings = self.settings
         if settings.model == "demo":
             return "demo", DEMO_MODELS
-        if settings.model != "auto":
-            version: Any = settings.model
+        version: Any = "v15" if settings.model == "auto" else settings.model
+        may_fetch = self._may_fetch()
+        try:
+            if settings.model == "auto":
+                # Where the real model is to be had, the demo does not quietly stand for it.
+                version, models_dir = find_version(settings.models_dir, None if may_fetch else DEMO_MODELS)
+            else:
+                locate(settings.models_dir, version)
+                models_dir = settings.models_dir
+        except WeightsError as error:
+            if not may_fetch:
+                raise
+            logger.info("weights are missing and will be fetched", extra={"missing": error.details.get("missing")})
+            self._fetch_weights(version)
             return version, settings.models_dir
-        version, models_dir = find_version(settings.models_dir, DEMO_MODELS)
         if version == "demo":
             logger.warning(
                 "NO OFFICIAL WEIGHTS FOUND: the small demo model runs; it is made for the demo portrait, not for real "
@@ -228,6 +245,34 @@ class Core:
                 extra={"models_dir": str(settings.models_dir)},
             )
         return version, models_dir
+
+    def _may_fetch(self) -> bool:
+        """Whether this worker brings weights it lacks: told to, or run on a GPU, which nobody rents for the demo."""
+        settings = self.settings
+        if settings.fetch_weights == "auto":
+            return settings.device != "cpu" and has_gpu_hardware()
+        return settings.fetch_weights == "1"
+
+    def _fetch_weights(self, version: ModelVersion) -> None:
+        """Fetch into the models folder, told in the log and in the readiness; raises WeightsError."""
+        from musetalk import manifest
+        from musetalk.fetching import Watcher, fetch
+
+        settings = self.settings
+        watcher = self.fetch_watcher or Watcher(logger.info, _percent_lines())
+
+        def show(progress: Progress) -> None:
+            self._start = f"fetching the weights: {progress.percent} %"
+            watcher.on_progress(progress)
+
+        self._start = "fetching the weights: 0 %"
+        files = manifest.MANIFEST
+        if settings.s3fd_url:
+            files = manifest.with_s3fd_url(files, settings.s3fd_url)
+        started = time.monotonic()
+        fetch(settings.models_dir, version, manifest=files, watcher=Watcher(watcher.say, show))
+        self._start = "the models are loading"
+        logger.info("weights fetched", extra={"fetch_s": round(time.monotonic() - started, 1)})
 
     def _choose_encoder(self, models: Models) -> EncoderSettings:
         from musetalk import media
@@ -317,7 +362,7 @@ class Core:
         if self._failure is not None:
             return Readiness("failed", model, self._failure)
         if self._models is None:
-            return Readiness("starting", model, "the models are loading")
+            return Readiness("starting", model, self._start)
         if self._is_draining:
             return Readiness("draining", model, "the worker is shutting down")
         for problem in self._watched:
@@ -602,6 +647,22 @@ def clean_work_dir(work_dir: Path) -> int:
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     return len(stale)
+
+
+def _percent_lines() -> Callable[[Progress], None]:
+    """A log line every five percent."""
+    told = 0
+
+    def show(progress: Progress) -> None:
+        nonlocal told
+        if progress.percent >= told + 5:
+            told = progress.percent
+            logger.info(
+                "fetching the weights",
+                extra={"percent": told, "file": progress.name, "bytes": progress.n_done, "of": progress.n_total},
+            )
+
+    return show
 
 
 _shared: Core | None = None

@@ -1,23 +1,22 @@
-"""Weight files: which there are, where they come from, and how they become tensors without running anything in them.
+"""Weight files: where they lie, and how they become tensors without running anything in them.
 
-Layout and figures: spec section 1. A file that is missing, cut short or of another network is one WeightsError that
-names it, what was expected and how to get it. Knows no networks.
+A file that is missing, cut short or of another network is one WeightsError that names it, what was expected and how to
+get it. Knows no networks. `python -m musetalk.weights` fetches, verifies and converts them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import math
 import pickle
 import struct
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,90 +25,9 @@ from torch import Tensor, nn
 
 from errors import WeightsError
 from musetalk.foreign_pickle import read_foreign
+from musetalk.manifest import ALSO, MANIFEST, ModelVersion, WeightFile, find
 
-# `demo` is the project's own small model: v1.5's files and code path, without the official face networks.
-ModelVersion = Literal["v15", "v1", "demo"]
-_OFFICIAL: tuple[ModelVersion, ...] = ("v15", "v1")
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """One file of the official layout; `n_bytes` and `sha256` (full, or its first digits) where they are known."""
-
-    name: str
-    source: str
-    purpose: str
-    n_bytes: int | None = None
-    sha256: str | None = None
-    versions: tuple[ModelVersion, ...] = ("v15", "v1", "demo")
-
-
-_MUSETALK = "Hugging Face TMElyralab/MuseTalk"
-_VAE = "Hugging Face stabilityai/sd-vae-ft-mse"
-_WHISPER = "Hugging Face openai/whisper-tiny"
-
-MANIFEST: tuple[WeightFile, ...] = (
-    WeightFile(
-        "musetalkV15/unet.pth",
-        _MUSETALK,
-        "UNet of MuseTalk v1.5",
-        3_400_074_924,
-        "7ebf6c98c181e20838e4c0054e96e944ac60d5d692cc01db42839fe11b787007",
-        ("v15", "demo"),
-    ),
-    WeightFile(
-        "musetalkV15/musetalk.json",
-        _MUSETALK,
-        "configuration of the v1.5 UNet",
-        748,
-        "5b6923aee04d7169",
-        ("v15", "demo"),
-    ),
-    WeightFile("musetalk/pytorch_model.bin", _MUSETALK, "UNet of MuseTalk v1.0", versions=("v1",)),
-    WeightFile("musetalk/musetalk.json", _MUSETALK, "configuration of the v1.0 UNet", versions=("v1",)),
-    WeightFile("sd-vae/config.json", _VAE, "configuration of the VAE"),
-    WeightFile("sd-vae/diffusion_pytorch_model.bin", _VAE, "VAE", 334_707_217, "1b4889b6b1d4ce7a"),
-    WeightFile("whisper/config.json", _WHISPER, "configuration of Whisper"),
-    WeightFile("whisper/pytorch_model.bin", _WHISPER, "Whisper (its encoder is used)", 151_095_027, "9607f98a2b22d9e2"),
-    WeightFile(
-        "dwpose/dw-ll_ucoco_384.pth",
-        "Hugging Face yzd-v/DWPose",
-        "landmarks (RTMPose-l, whole body)",
-        406_878_486,
-        "0d9408b13cd863c4",
-        _OFFICIAL,
-    ),
-    WeightFile(
-        "face-parse-bisent/79999_iter.pth",
-        "Hugging Face ManyOtherFunctions/face-parse-bisent",
-        "face parsing (BiSeNet)",
-        53_289_463,
-        "468e13ca13a9b43c",
-        _OFFICIAL,
-    ),
-    WeightFile(
-        "s3fd-619a316812.pth",
-        "the face-alignment project's site (its S3FD detector)",
-        "face detection (S3FD)",
-        sha256="619a316812",
-        versions=_OFFICIAL,
-    ),
-)
-
-# Other places and names the same file is found under, tried in this order after the official one.
-_ALSO: dict[str, tuple[str, ...]] = {
-    "sd-vae/diffusion_pytorch_model.bin": ("sd-vae/diffusion_pytorch_model.safetensors",),
-    "whisper/pytorch_model.bin": ("whisper/model.safetensors",),
-    "s3fd-619a316812.pth": (
-        "s3fd/s3fd-619a316812.pth",
-        "s3fd/s3fd.pth",
-        "s3fd.pth",
-        "face_detection/s3fd.pth",
-        "hub/checkpoints/s3fd-619a316812.pth",
-    ),
-    "musetalkV15/unet.pth": ("musetalkV15/diffusion_pytorch_model.safetensors",),
-    "musetalk/pytorch_model.bin": ("musetalk/diffusion_pytorch_model.safetensors",),
-}
+__all__ = ["MANIFEST", "ModelFiles", "ModelVersion", "WeightFile"]
 
 # Characters of a library's message that are passed on: room for the keys that do not fit a network.
 _MESSAGE_LIMIT = 600
@@ -153,13 +71,13 @@ def locate(models_dir: Path, version: ModelVersion) -> ModelFiles:
     for entry in MANIFEST:
         if version not in entry.versions:
             continue
-        path = _find(models_dir, entry.name)
-        if path is None:
-            missing.append(entry)
-        else:
+        path = find(models_dir, entry.name)
+        if path is not None:
             found[entry.purpose] = path
+        elif entry.is_needed:
+            missing.append(entry)
     if missing:
-        lines = "; ".join(f"{entry.name} ({_expected(entry)})" for entry in missing)
+        lines = "; ".join(f"{entry.name} ({expected(entry)})" for entry in missing)
         raise WeightsError(
             f"{len(missing)} of the model files are missing under the models folder: {lines}",
             missing=[entry.name for entry in missing],
@@ -179,16 +97,7 @@ def locate(models_dir: Path, version: ModelVersion) -> ModelFiles:
 
 def has_any(models_dir: Path) -> bool:
     """Whether any file of the official layout is there: then one that is missing is a mistake and no choice."""
-    return any(_find(models_dir, entry.name) is not None for entry in MANIFEST)
-
-
-def _find(models_dir: Path, name: str) -> Path | None:
-    official = models_dir / name
-    candidates = [official]
-    if official.suffix != ".json":
-        candidates.insert(0, official.with_suffix(".safetensors"))
-    candidates += [models_dir / other for other in _ALSO.get(name, ())]
-    return next((path for path in candidates if path.is_file()), None)
+    return any(find(models_dir, entry.name) is not None for entry in MANIFEST)
 
 
 def find_weights(folder: Path, names: tuple[str, ...]) -> Path:
@@ -199,7 +108,8 @@ def find_weights(folder: Path, names: tuple[str, ...]) -> Path:
     raise WeightsError(f"{folder.name} holds none of {', '.join(names)}", file=folder.name)
 
 
-def _expected(entry: WeightFile) -> str:
+def expected(entry: WeightFile) -> str:
+    """Size, purpose and source of a file, for messages."""
     size = f"{entry.n_bytes:,} bytes, " if entry.n_bytes else ""
     return f"{size}{entry.purpose}, from {entry.source}"
 
@@ -208,16 +118,16 @@ def _advice(path: Path) -> str:
     """What the manifest knows of a file, for messages about it."""
     namesakes: list[WeightFile] = []
     for entry in MANIFEST:
-        places = [Path(place) for place in (entry.name, *_ALSO.get(entry.name, ()))]
+        places = [Path(place) for place in (entry.name, *ALSO.get(entry.name, ()))]
         if any((place.parent.name, place.stem) == (path.parent.name, path.stem) for place in places):
-            return f"; expected {_expected(entry)}"
+            return f"; expected {expected(entry)}"
         if any(place.stem == path.stem for place in places):
             namesakes.append(entry)
     # Several folders hold a `pytorch_model.bin`: outside of them its name alone says nothing.
-    return f"; expected {_expected(namesakes[0])}" if len(namesakes) == 1 else ""
+    return f"; expected {expected(namesakes[0])}" if len(namesakes) == 1 else ""
 
 
-def _broken(path: Path, what: str) -> WeightsError:
+def broken(path: Path, what: str) -> WeightsError:
     label = f"{path.parent.name}/{path.name}"
     # A library's message may quote the path.
     what = what.replace(str(path), label)
@@ -229,11 +139,11 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise _broken(path, "is missing") from None
+        raise broken(path, "is missing") from None
     except (OSError, ValueError) as error:
-        raise _broken(path, f"is not a readable JSON file ({type(error).__name__})") from None
+        raise broken(path, f"is not a readable JSON file ({type(error).__name__})") from None
     if not isinstance(raw, dict):
-        raise _broken(path, "does not hold a JSON object")
+        raise broken(path, "does not hold a JSON object")
     return {key: value for key, value in raw.items() if not key.startswith("_")}
 
 
@@ -245,50 +155,50 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises WeightsError for a missing, cut or foreign file, and for tensors that are not plain finite numbers.
     """
     if not path.is_file():
-        raise _broken(path, "is missing")
-    _refuse_what_is_no_checkpoint(path)
+        raise broken(path, "is missing")
+    refuse_what_is_no_checkpoint(path)
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     state = _unwrapped(raw)
     if not state:
-        raise _broken(path, "holds no tensors")
+        raise broken(path, "holds no tensors")
     _refuse_unusable(path, state)
     return state
 
 
-def _refuse_what_is_no_checkpoint(path: Path) -> None:
+def refuse_what_is_no_checkpoint(path: Path) -> None:
     """Says in words what a file is that downloads leave behind instead of weights."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise _broken(path, f"cannot be read ({error.strerror})") from None
+        raise broken(path, f"cannot be read ({error.strerror})") from None
     if size == 0:
-        raise _broken(path, "is empty")
+        raise broken(path, "is empty")
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise _broken(path, "is a web page, not weights: the download was answered with an error page")
+        raise broken(path, "is a web page, not weights: the download was answered with an error page")
     if text.startswith(b"version https://git-lfs"):
-        raise _broken(path, "is a git-lfs pointer, not the weights themselves: run git lfs pull or download the file")
+        raise broken(path, "is a git-lfs pointer, not the weights themselves: run git lfs pull or download the file")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path, device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        raise _broken(path, f"is cut short or not a safetensors file ({error})") from None
+        raise broken(path, f"is cut short or not a safetensors file ({error})") from None
 
 
 def _read_torch(path: Path) -> object:
     try:
         is_zip = zipfile.is_zipfile(path)
     except zipfile.BadZipFile as error:
-        raise _broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
+        raise broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
     if not is_zip:
         with path.open("rb") as file:
             magic = file.read(4)
         if magic == b"PK\x03\x04":
-            raise _broken(path, f"is cut short: it has {path.stat().st_size:,} bytes and its end is missing")
+            raise broken(path, f"is cut short: it has {path.stat().st_size:,} bytes and its end is missing")
         return _read_legacy(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -297,9 +207,9 @@ def _read_torch(path: Path) -> object:
         try:
             return read_foreign(path)
         except (*_UNREADABLE, MemoryError) as error:
-            raise _broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
+            raise broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
     except _UNREADABLE as error:
-        raise _broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
+        raise broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
 
 
 def _read_legacy(path: Path) -> object:
@@ -307,7 +217,7 @@ def _read_legacy(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        raise _broken(path, f"is no torch checkpoint, or cut short ({_cause(error)})") from None
+        raise broken(path, f"is no torch checkpoint, or cut short ({_cause(error)})") from None
 
 
 def _cause(error: BaseException) -> str:
@@ -342,12 +252,12 @@ def _refuse_unusable(path: Path, state: Mapping[str, Tensor]) -> None:
     for key, value in state.items():
         plain = value.layout == torch.strided and value.device.type == "cpu"
         if not plain or value.is_quantized or value.is_nested or value.is_complex():
-            raise _broken(path, f"holds something other than plain numbers (in {key})")
+            raise broken(path, f"holds something other than plain numbers (in {key})")
         if value.numel() * value.element_size() > n_bytes:
             # One stored number may be declared to fill any shape; copying that would fill the memory.
-            raise _broken(path, f"declares a tensor that is larger than the file (in {key})")
+            raise broken(path, f"declares a tensor that is larger than the file (in {key})")
         if value.is_floating_point() and value.numel() and not _is_finite(value):
-            raise _broken(path, f"holds values that are not finite (in {key})")
+            raise broken(path, f"holds values that are not finite (in {key})")
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -391,10 +301,8 @@ def loading(name: str) -> Iterator[None]:
         raise WeightsError(f"{name} cannot be read ({_first_line(error)}){_advice(Path(name))}", file=name) from None
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(io.DEFAULT_BUFFER_SIZE * 128):
-            digest.update(block)
-    return digest.hexdigest()
+if __name__ == "__main__":
+    # The command reads settings, which the model must not: it lives beside the worker's other commands.
+    from weights_command import main
+
+    sys.exit(main())

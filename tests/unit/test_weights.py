@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from errors import WeightsError
-from musetalk import weights
+from musetalk import manifest, weights
 from musetalk.foreign_pickle import rebuild_tensor
 from musetalk.networks.rtmpose import rtmpose_from_state
 from tests.support.tiny_models import write_tiny_models
@@ -137,7 +137,7 @@ def test_a_file_is_found_under_its_other_names(models: Path, tmp_path: Path, off
 @pytest.mark.parametrize("version", ["v15", "v1"])
 def test_every_missing_file_is_told_with_size_purpose_and_source(tmp_path: Path, version: weights.ModelVersion) -> None:
     error = refusal(lambda: weights.locate(tmp_path, version), tmp_path)
-    wanted = [entry for entry in weights.MANIFEST if version in entry.versions]
+    wanted = [entry for entry in manifest.wanted(manifest.MANIFEST, version) if entry.is_needed]
     assert error.details["missing"] == [entry.name for entry in wanted]
     assert str(error).startswith(f"{len(wanted)} of the model files are missing")
     for entry in wanted:
@@ -241,7 +241,7 @@ def test_the_pose_file_is_read_without_importing_what_it_names(models: Path, mon
 def test_digests_are_those_of_the_whole_file(tmp_path: Path) -> None:
     data = random.Random(0).randbytes(3_000_001)
     (tmp_path / "file").write_bytes(data)
-    assert weights.sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+    assert manifest.sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
 
 
 # -- files that are no weights ----------------------------------------------------------------------------------------

@@ -1,0 +1,150 @@
+"""The weight files for a person: `python -m musetalk.weights fetch|verify|convert`, with a bar on a terminal.
+
+Knows settings and the model's files; no network of its own, no tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from config import Settings, load_settings
+from errors import MuseTalkError
+from musetalk import manifest
+from musetalk.fetching import Progress, Watcher, fetch
+from musetalk.manifest import ModelVersion
+
+# Without a terminal, a line every so many percent.
+_STEP_PERCENT = 10
+
+
+def _parse_arguments(arguments: Sequence[str] | None, settings: Settings) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m musetalk.weights",
+        description="Fetch the official weights, check them, or convert them to half-size safetensors files.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    helps = {
+        "fetch": "bring what is missing; an interrupted fetch is gone on with",
+        "verify": "say file by file what is there, missing, cut short or wrong; exit status 1 unless all is well",
+        "convert": "write float16 safetensors (float32 for the face networks) beside the checkpoints",
+    }
+    for name, text in helps.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "--version",
+            choices=manifest.OFFICIAL,
+            default="v1" if settings.model == "v1" else "v15",
+            help="which model",
+        )
+        command.add_argument(
+            "--models-dir", type=Path, default=settings.models_dir, help="the folder (default: MUSETALK_MODELS_DIR)"
+        )
+        if name == "fetch":
+            command.add_argument("--convert", action="store_true", help="convert afterwards")
+        if name != "verify":
+            command.add_argument(
+                "--remove-originals",
+                action="store_true",
+                help="with a conversion: delete each checkpoint once its converted file is written",
+            )
+    return parser.parse_args(arguments)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def watching() -> Iterator[Watcher]:
+    """A bar over all files on a terminal, from the first byte on; lines of text elsewhere."""
+    if not sys.stderr.isatty():
+        yield Watcher(_say, _lines())
+        return
+    from tqdm import tqdm
+
+    with ExitStack() as stack:
+        bars: list[tqdm[NoReturn]] = []
+
+        def show(progress: Progress) -> None:
+            if not bars:
+                bars.append(stack.enter_context(tqdm(unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True)))
+            bar = bars[0]
+            bar.set_description(progress.name, refresh=False)
+            bar.total = progress.n_total
+            bar.update(progress.n_done - bar.n)
+
+        yield Watcher(lambda text: tqdm.write(text, file=sys.stderr), show)
+
+
+def _lines() -> Callable[[Progress], None]:
+    told = 0
+
+    def show(progress: Progress) -> None:
+        nonlocal told
+        if progress.percent >= told + _STEP_PERCENT:
+            told = progress.percent
+            _say(f"{progress.percent} % ({progress.name})")
+
+    return show
+
+
+def _fetch(given: argparse.Namespace, settings: Settings) -> int:
+    files = manifest.MANIFEST
+    if settings.s3fd_url:
+        files = manifest.with_s3fd_url(files, settings.s3fd_url)
+    with watching() as watcher:
+        fetched = fetch(
+            given.models_dir,
+            given.version,
+            manifest=files,
+            watcher=watcher,
+            room_for_conversion=given.convert,
+        )
+    print(f"{len(fetched)} files fetched" if fetched else "nothing to fetch: all files are there")
+    return _convert(given) if given.convert else 0
+
+
+def _convert(given: argparse.Namespace) -> int:
+    from musetalk.converting_weights import convert
+
+    version: ModelVersion = given.version
+    made = convert(
+        given.models_dir, version, manifest=manifest.MANIFEST, say=_say, remove_originals=given.remove_originals
+    )
+    print(f"{len(made)} files converted")
+    return 0
+
+
+def _verify(given: argparse.Namespace) -> int:
+    from musetalk.verifying import verify
+
+    findings = verify(given.models_dir, given.version, manifest=manifest.MANIFEST)
+    for finding in findings:
+        print(f"{finding.verdict:<10} {finding.name}: {finding.text}")
+    bad = [finding for finding in findings if not finding.is_fine]
+    if not bad:
+        print(f"all files of {given.version} are there and right")
+        return 0
+    print(f"{len(bad)} of {len(findings)} files are not as they should be; `fetch` brings them")
+    return 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status (0 done, 1 not, 130 interrupted)."""
+    try:
+        settings = load_settings()
+        given = _parse_arguments(arguments, settings)
+        if given.command == "verify":
+            return _verify(given)
+        return _fetch(given, settings) if given.command == "fetch" else _convert(given)
+    except MuseTalkError as error:
+        _say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        _say("stopped; the same command goes on where it stopped")
+        return 130
