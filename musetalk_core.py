@@ -188,17 +188,18 @@ class Core:
         devices.try_out(device)
         # After the device: gigabytes are not fetched for a card that cannot be used.
         version, models_dir = self._choose_model()
+        dtype, reason = devices.choose_dtype(settings.dtype, device)
         started = time.monotonic()
         models = load_models(
             models_dir,
             version,
             device=device,
-            dtype=devices.choose_dtype(settings.dtype, device),
+            dtype=dtype,
             unet_path=settings.unet_path,
             unet_config_path=settings.unet_config_path,
         )
         loaded = time.monotonic()
-        self._batch_size = warm_up(models, settings.batch_size)
+        self._batch_size = warm_up(models, settings.batch_size, settings.acceleration)
         if self._batch_size != settings.batch_size:
             logger.warning("the batch does not fit the GPU", extra={"batch_size": self._batch_size})
         build = {"version": __version__, "model": version, "device": str(device), "torch": devices.torch_version()}
@@ -209,6 +210,8 @@ class Core:
             extra={
                 **build,
                 "dtype": str(models.dtype),
+                "dtype_reason": reason,
+                "acceleration": settings.acceleration,
                 "load_s": round(loaded - started, 2),
                 "warm_up_s": round(time.monotonic() - loaded, 2),
             },
@@ -576,6 +579,7 @@ class Core:
         from musetalk.options import RenderOptions, version_defaults
 
         defaults = version_defaults(models.version)
+        on_gpu = models.device.type == "cuda"
         return replace(
             RenderOptions(
                 face_box=params.face_box,
@@ -589,6 +593,8 @@ class Core:
                 resolution=resolution,
                 frame_memory_bytes=self.settings.frame_memory_mb * 2**20,
                 scratch_disk_bytes=self.settings.scratch_disk_mb * 2**20,
+                device_pixels=on_gpu if self.settings.device_pixels == "auto" else self.settings.device_pixels == "1",
+                overlap=on_gpu,
             ),
             extra_margin=defaults.extra_margin if params.extra_margin is None else params.extra_margin,
             match_colours=defaults.match_colours,

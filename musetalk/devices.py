@@ -9,12 +9,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from errors import GpuLostError, OutOfMemoryError, ProcessingError, WeightsError
 
 _MIB = 2**20
+# First compute capability (major) with tensor cores.
+_TENSOR_CORES = 7
 # After one of these every further call of the process fails; torch's text is the only place that says which it was.
 _LOST_SIGNS = (
     "illegal memory access",
@@ -43,15 +46,32 @@ def torch_version() -> str:
     return str(torch.__version__)
 
 
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """Precision of the networks: `auto` is what the weights were published for.
+def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Precision of the networks and why; `auto` is the fastest that the device computes natively.
 
-    On a GPU that is float16 (upstream's real-time path runs it); on a CPU float32, where half precision is slower.
+    float16 on a GPU with tensor cores (from capability 7.0 on; the weights are run so upstream too), float32 on older
+    ones; on a CPU bfloat16 where it has instructions for it, else float32.
     """
     named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if wanted in named:
-        return named[wanted]
-    return torch.float16 if device.type == "cuda" else torch.float32
+        return named[wanted], "MUSETALK_DTYPE says so"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= _TENSOR_CORES:
+            return torch.float16, f"compute capability {major}.{minor} has tensor cores for it"
+        return torch.float32, f"compute capability {major}.{minor} has no tensor cores"
+    if cpu_has_bfloat16():
+        return torch.bfloat16, "the CPU has instructions for it"
+    return torch.float32, "the CPU has no instructions for less"
+
+
+def cpu_has_bfloat16(facts: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU multiplies bfloat16 itself (AVX-512 BF16 or AMX); elsewhere torch imitates it, slowly."""
+    try:
+        flags = facts.read_text(encoding="ascii", errors="replace").split()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
 
 
 def configure_threads(wanted: int, device: torch.device) -> int:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import huggingface_hub
 from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url, utils
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -121,6 +122,11 @@ def fetch(
     Raises WeightsError that names the file: not to be had, of a wrong size or sum, cut again and again, a full disk.
     """
     watcher = watcher or Watcher()
+    if int(huggingface_hub.__version__.split(".")[0]) < 1:
+        raise WeightsError(
+            f"fetching needs huggingface_hub 1.0 or later, here is {huggingface_hub.__version__} (transformers 4 "
+            "keeps it back); fetch with another environment, the folder then serves here as well"
+        )
     _make_folder(models_dir)
     with _alone(models_dir, watcher.say):
         missing = [entry for entry in wanted(manifest, version) if not _is_there(models_dir, entry, watcher.say)]

@@ -77,7 +77,7 @@ class Planes:
 
 
 @cache
-def _to_bgr_matrix(matrix: Matrix) -> NDArray[np.float64]:
+def from_yuv(matrix: Matrix) -> NDArray[np.float64]:
     """3x4 matrix from limited-range (Y, U, V, 1) to full-range (B, G, R)."""
     red, blue = _LUMA_WEIGHTS[matrix]
     green = 1.0 - red - blue
@@ -94,9 +94,9 @@ def _to_bgr_matrix(matrix: Matrix) -> NDArray[np.float64]:
 
 
 @cache
-def _to_yuv_matrix(matrix: Matrix) -> NDArray[np.float64]:
-    """3x4 matrix from full-range (B, G, R, 1) to limited-range (Y, U, V): the inverse of `_to_bgr_matrix`."""
-    forward = _to_bgr_matrix(matrix)
+def to_yuv(matrix: Matrix) -> NDArray[np.float64]:
+    """3x4 matrix from full-range (B, G, R, 1) to limited-range (Y, U, V): the inverse of `from_yuv`."""
+    forward = from_yuv(matrix)
     linear = np.linalg.inv(forward[:, :3])
     return np.hstack([linear, -linear @ forward[:, 3:]])
 
@@ -125,7 +125,7 @@ def planes_to_bgr(planes: Planes, matrix: Matrix, box: Box | None = None) -> UIn
     )
     top, left = box.y0 - around.y0, box.x0 - around.x0
     yuv = yuv[top : top + box.height, left : left + box.width]
-    return _as_uint8(cv2.transform(np.ascontiguousarray(yuv), _to_bgr_matrix(matrix)))
+    return _as_uint8(cv2.transform(np.ascontiguousarray(yuv), from_yuv(matrix)))
 
 
 def bgr_to_planes(bgr: UInt8Array, matrix: Matrix) -> Planes:
@@ -134,7 +134,7 @@ def bgr_to_planes(bgr: UInt8Array, matrix: Matrix) -> Planes:
     if height % 2 or width % 2 or not height or not width:
         raise ValueError(f"a 4:2:0 picture needs an even size, not {width}x{height}")
     # The mean is taken before rounding: 8-bit chroma at full size would be rounded twice.
-    yuv = cv2.transform(bgr.astype(np.float32), _to_yuv_matrix(matrix))
+    yuv = cv2.transform(bgr.astype(np.float32), to_yuv(matrix))
     y, u, v = cv2.split(yuv)
     half = (width // 2, height // 2)
     return Planes(

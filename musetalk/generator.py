@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from errors import ProcessingError, WeightsError
 from musetalk import weights
+from musetalk.acceleration import Step
 from musetalk.frames import UInt8Array
 from musetalk.geometry import Box
 
@@ -74,10 +76,25 @@ class Generator:
         self.latent_px = self.crop_px // reduction
         self.latent_shape = (2 * n_latent, self.latent_px, self.latent_px)
         self._unet, self._vae, self._device = unet, vae, device
+        self._tables: dict[tuple[int, int], Tensor] = {}
+        # On a GPU one thread prepares the source and one generates; while weights change precision, neither may.
+        self._lock = threading.RLock()
+        # Chosen by `musetalk.warming` on a GPU; None and 0 mean any batch as it comes.
+        self.fixed_batch: int | None = None
+        self.decode_batch = 0
+        self._whole_step: Step = self._step
+        self._faster: Callable[[Step], Step] | None = None
+        self._usual_dtype = dtype
         self._place(dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self._device
 
     def _place(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
+        self._tables.clear()
         # Convolutions want channels last. Only in float32 on a CPU, the exact reference, they do without: torch takes
         # the sums of group norms differently in that layout, and the encoder then misses the golden vectors' tolerance.
         is_reference = dtype == torch.float32 and self._device.type == "cpu"
@@ -119,19 +136,20 @@ class Generator:
             raise WeightsError(f"the UNet listens to features of width {wanted}, Whisper gives {d_model}")
 
     @torch.inference_mode()
-    def views(self, crops: UInt8Array) -> Tensor:
+    def views(self, crops: UInt8Array | Tensor) -> Tensor:
         """What the VAE sees of BGR crops (n, 256, 256, 3): RGB in -1..1, (2, n, 3, 256, 256).
 
         [0] with the lower half black (rows 128 and on at -1, blackened before normalising), [1] whole.
         """
-        pixels = torch.from_numpy(np.ascontiguousarray(crops)).to(self._device)
+        pixels = crops if isinstance(crops, Tensor) else torch.from_numpy(np.ascontiguousarray(crops))
+        pixels = pixels.to(self._device)
         rgb = pixels.flip(-1).permute(0, 3, 1, 2).to(torch.float32) / 255.0
         masked = rgb.clone()
         masked[:, :, rgb.shape[2] // 2 :] = 0.0
         return (torch.stack([masked, rgb]) - 0.5) / 0.5
 
     @torch.inference_mode()
-    def moments(self, crops: UInt8Array) -> tuple[Tensor, Tensor]:
+    def moments(self, crops: UInt8Array | Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the VAE's posterior for both views of BGR crops, each (2, n, 4, 32, 32), unscaled.
 
         Both views of all crops go through the encoder in one batch.
@@ -143,7 +161,7 @@ class Generator:
         return posterior.mean.reshape(shape), posterior.logvar.reshape(shape)
 
     @torch.inference_mode()
-    def encode(self, crops: UInt8Array) -> Tensor:
+    def encode(self, crops: UInt8Array | Tensor) -> Tensor:
         """BGR crops uint8 (n, 256, 256, 3) -> source latents (n, 8, 32, 32): masked, then reference, scaled.
 
         The posterior's mode, as in training; sampling would make the mouth flicker (spec section 3). Overflow and
@@ -164,18 +182,61 @@ class Generator:
         One pass at timestep 0; the tokens' positions are added here.
         """
         windows = windows.to(self._device, self._dtype)
-        table = positional_encoding(windows.shape[1], windows.shape[2]).to(self._device, self._dtype)
         latents = latents.to(self._device, self._dtype).contiguous(memory_format=self._layout)
-        timestep = torch.zeros((), dtype=torch.long, device=self._device)
-        predicted = self._unet(latents, timestep, encoder_hidden_states=windows + table, return_dict=False)[0]
+        table = self._table(windows.shape[1], windows.shape[2])
+        predicted = self._unet(latents, self._timestep, encoder_hidden_states=windows + table, return_dict=False)[0]
         return torch.as_tensor(predicted)
+
+    @property
+    def _timestep(self) -> Tensor:
+        return self._constant((0, 0), lambda: torch.zeros((), dtype=torch.long))
+
+    def _table(self, n_tokens: int, d_model: int) -> Tensor:
+        return self._constant((n_tokens, d_model), lambda: positional_encoding(n_tokens, d_model).to(self._dtype))
+
+    def _constant(self, key: tuple[int, int], make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that lies on the device from its first use on: copying it there each time would wait for the GPU."""
+        if key not in self._tables:
+            self._tables[key] = make().to(self._device)
+        return self._tables[key]
 
     @torch.inference_mode()
     def decode(self, predicted: Tensor) -> Tensor:
         """Predicted latents (n, 4, 32, 32) -> pictures float32 (n, 3, 256, 256), RGB, 0..1 before clamping."""
-        scaled = predicted.to(self._device, self._dtype) / self._scaling
-        pictures = self._vae.decode(scaled, return_dict=False)[0]
-        return torch.as_tensor(pictures).float() / 2 + 0.5
+        scaled = predicted.to(self._device, self._dtype).contiguous(memory_format=self._layout) / self._scaling
+        # The decoder's pictures are the largest thing in memory; `decode_batch` of them fit.
+        parts = torch.split(scaled, self.decode_batch or len(scaled))
+        pictures = [self._vae.decode(part, return_dict=False)[0].float() / 2 + 0.5 for part in parts]
+        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
+
+    def _step(self, latents: Tensor, windows: Tensor) -> Tensor:
+        return self.decode(self.predict(latents, windows))
+
+    def accelerate(self, faster: Callable[[Step], Step] | None) -> None:
+        """Take `faster(step)` for whole batches, `step` being predict and decode; None: the plain step."""
+        self._faster = faster
+        self._whole_step = self._step if faster is None else faster(self._step)
+
+    def _pictures(self, latents: Tensor, windows: Tensor) -> Tensor:
+        """`_step`, with a batch that is smaller than the fixed one padded to it."""
+        latents = self._sent(latents).contiguous(memory_format=self._layout)
+        windows = self._sent(windows)
+        n_frames, wanted = len(latents), self.fixed_batch
+        if wanted is None or n_frames > wanted or self._dtype != self._usual_dtype:
+            return self._step(latents, windows)
+        if n_frames < wanted:
+            # The last frame again: real numbers, so that nothing overflows that would not have.
+            latents, windows = (
+                torch.cat([part, part[-1:].expand(wanted - n_frames, *part.shape[1:])]) for part in (latents, windows)
+            )
+            latents = latents.contiguous(memory_format=self._layout)
+        return self._whole_step(latents, windows)[:n_frames]
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the device in the networks' precision, without waiting for it to arrive."""
+        if self._device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True).to(self._dtype)
 
     @torch.inference_mode()
     def generate(self, latents: Tensor, windows: Tensor) -> NDArray[np.uint8]:
@@ -184,33 +245,68 @@ class Generator:
         A chunk that overflows in half precision is computed once more in float32; raises ProcessingError when the
         result is not finite then either.
         """
-        return to_bgr(self._finite(lambda: self.decode(self.predict(latents, windows))))
+        return self.start(latents, windows).result()
+
+    @torch.inference_mode()
+    def start(
+        self, latents: Tensor, windows: Tensor, finish: Callable[[Tensor], Tensor] | None = None
+    ) -> PendingPatches:
+        """`generate` without waiting for the GPU; on a CPU all is done when this returns.
+
+        `finish` makes of the patches, on the device, what is brought back instead of them (uint8).
+        """
+        finish = finish or (lambda levels: levels)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            with self._lock:
+                pictures = self._pictures(latents, windows)
+            return finish(bgr_levels(pictures)), torch.isfinite(pictures).all()
+
+        return PendingPatches(*compute(), lambda: self._again_in_float32(compute))
 
     def _finite(self, compute: Callable[[], Tensor]) -> Tensor:
-        """`compute()`, once more in float32 if half precision makes NaN or infinity of it.
+        """`compute()`, once more in float32 if half precision makes NaN or infinity of it."""
+        with self._lock:
+            result = compute()
+        if bool(torch.isfinite(result).all()):
+            return result
+
+        def checked() -> tuple[Tensor, Tensor]:
+            again = compute()
+            return again, torch.isfinite(again).all()
+
+        return self._again_in_float32(checked)
+
+    def _again_in_float32(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+        """The first of what `compute` gives in float32; raises ProcessingError when its second says it is not finite.
 
         Looking at the end is enough: a value that is not finite makes NaN of its whole group in the next group norm.
         """
-        result = compute()
-        if bool(torch.isfinite(result).all()):
-            return result
-        if self._dtype != torch.float32:
+        if self._usual_dtype != torch.float32:
             logger.warning("values overflow in half precision: computing again in float32")
-            with self._in_float32():
-                result = compute()
-            if bool(torch.isfinite(result).all()):
-                return result
+            with self._lock, self._in_float32(), torch.inference_mode():
+                result, is_finite = compute()
+                if bool(is_finite):
+                    return result
         raise ProcessingError("the networks gave values that are not finite", retryable=False)
 
     @contextmanager
     def _in_float32(self) -> Iterator[None]:
         """Both networks in float32 for a while; the way there and back changes no weight."""
-        usual = self._dtype
+        self._wait()
         try:
             self._place(torch.float32)
             yield
         finally:
-            self._place(usual)
+            self._wait()
+            self._place(self._usual_dtype)
+            # A captured graph knows where the weights were; they are elsewhere now.
+            self.accelerate(self._faster)
+
+    def _wait(self) -> None:
+        """Let everything that was launched end: what is under way must not have its weights moved."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def _whole(size: object) -> int:
@@ -233,10 +329,47 @@ def build_empty(build: Callable[[], nn.Module]) -> Any:
     return network.to_empty(device="cpu")
 
 
-def to_bgr(pictures: Tensor) -> NDArray[np.uint8]:
-    """RGB float (n, 3, h, w) in 0..1 -> BGR uint8 (n, h, w, 3): clamped, rounded half to even."""
+class PendingPatches:
+    """A chunk that the device may still be computing; the copy to the CPU is under way behind it."""
+
+    def __init__(self, patches: Tensor, is_finite: Tensor, again: Callable[[], Tensor]) -> None:
+        """`again` computes the chunk in float32, for when it turns out not finite."""
+        self._again = again
+        self._arrived: Any = None
+        if patches.device.type == "cuda":
+            patches, is_finite = (_pinned_copy(tensor) for tensor in (patches, is_finite))
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+        self._patches, self._is_finite = patches, is_finite
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `result` need not wait."""
+        return self._arrived is None or bool(self._arrived.query())
+
+    def result(self) -> NDArray[np.uint8]:
+        """The patches; waits for them. Raises ProcessingError when they are not finite in float32 either."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        patches = self._patches if bool(self._is_finite) else self._again().cpu()
+        here: NDArray[np.uint8] = patches.numpy()
+        return here
+
+
+def _pinned_copy(tensor: Tensor) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def bgr_levels(pictures: Tensor) -> Tensor:
+    """RGB float (n, 3, h, w) in 0..1 -> BGR uint8 (n, h, w, 3) on the same device: clamped, rounded half to even."""
     levels = (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
-    bgr: NDArray[np.uint8] = levels.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return levels.flip(1).permute(0, 2, 3, 1).contiguous()
+
+
+def to_bgr(pictures: Tensor) -> NDArray[np.uint8]:
+    """`bgr_levels` on the CPU."""
+    bgr: NDArray[np.uint8] = bgr_levels(pictures).cpu().numpy()
     return bgr
 
 

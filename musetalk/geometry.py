@@ -37,6 +37,11 @@ class Box(NamedTuple):
         x0, y0 = min(max(self.x0, 0), width), min(max(self.y0, 0), height)
         return Box(x0, y0, max(x0, min(self.x1, width)), max(y0, min(self.y1, height)))
 
+    def clipped_to(self, other: Box) -> Box:
+        """The part of the box inside another one (may be empty)."""
+        inside = self.shifted(-other.x0, -other.y0).clipped(other.width, other.height)
+        return inside.shifted(other.x0, other.y0)
+
     def evened(self) -> Box:
         """The smallest box around this one whose edges are even: whole chroma samples of a 4:2:0 picture."""
         return Box(self.x0 - self.x0 % 2, self.y0 - self.y0 % 2, self.x1 + self.x1 % 2, self.y1 + self.y1 % 2)

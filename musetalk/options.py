@@ -19,6 +19,7 @@ class RenderOptions:
     `max_gap_frames` None means half a second; `box_smoothing` is the sigma of a Gaussian over time in frames, 0 = off;
     `aspect_ratio` and `resolution` None keep the source's. `margin_share` adds that share of the box's height to
     `extra_margin`; `match_colours` gives each patch the colours its source has beside the mouth.
+    `device_pixels` cuts and pastes faces where the networks run; `overlap` prepares the source in a thread of its own.
     """
 
     face_box: tuple[int, int, int, int] | None = None
@@ -37,6 +38,8 @@ class RenderOptions:
     resolution: str | None = None
     frame_memory_bytes: int = 512 * 2**20
     scratch_disk_bytes: int = 16 * 2**30
+    device_pixels: bool = False
+    overlap: bool = False
 
 
 def version_defaults(version: str) -> RenderOptions:

@@ -20,6 +20,7 @@ from errors import CancelledError, NoFaceError, OutOfMemoryError
 from musetalk import media
 from musetalk.avatars import Avatar, AvatarCache, PreparedFace, Tier, avatar_key, file_digest
 from musetalk.blending import PastePlan, blend_mask, colour_band, crop_for_parsing, face_mask
+from musetalk.device_pixels import crop_patches
 from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Planes, UInt8Array, planes_to_bgr
@@ -105,6 +106,9 @@ class SourcePreparer:
         self.models, self.info, self.options = models, info, options
         self._path, self._limits, self._batches = path, limits, batches
         self._avatars = avatars if models.fingerprint else None
+        # Its own stream: waiting for latents then does not wait for frames that are being generated.
+        on_gpu = options.overlap and models.device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(models.device) if on_gpu else None  # type: ignore[no-untyped-call]
         self.kept_in: Tier | None = None
         self._kept = Avatar()
         self._fresh: dict[int, PreparedFace] = {}
@@ -134,6 +138,7 @@ class SourcePreparer:
             "margin": [options.extra_margin, options.margin_share],
             "mask": [options.mask_mode, options.left_cheek_width, options.right_cheek_width, options.mask_blur],
             "match_colours": options.match_colours,
+            "device_pixels": options.device_pixels,
             "boxes": [options.box_smoothing, options.max_gap_frames],
         }
 
@@ -286,18 +291,24 @@ class SourcePreparer:
 
     def _encode(self, places: Sequence[tuple[media.SourceFrame, Box]]) -> Iterator[PreparedFace]:
         """Run both networks over the faces at `places`, in whole batches."""
+        if not places:
+            return
         crops: list[UInt8Array] = []
         squares: list[UInt8Array] = []
+        on_device = self._crops_on_device(places)
         for frame, box in places:
             around = blend_box(box)
             region = _union(box, around).clipped(frame.planes.width, frame.planes.height)
             picture = planes_to_bgr(frame.planes, self.info.colour.matrix, region)
-            crops.append(crop_patch(picture, box.shifted(-region.x0, -region.y0), self.models.generator.crop_px))
+            if on_device is None:
+                crops.append(crop_patch(picture, box.shifted(-region.x0, -region.y0), self.models.generator.crop_px))
             squares.append(crop_for_parsing(picture, around.shifted(-region.x0, -region.y0)))
-        latents, labels = self._latents(crops), self._labels(squares)
-        for (frame, box), crop in zip(places, crops, strict=True):
-            band = colour_band(crop) if self.options.match_colours else None
-            yield PreparedFace(self._paste_plan(next(labels), box, frame.planes), next(latents), band)
+        with torch.cuda.stream(self._stream):
+            latents = list(self._latents(np.stack(crops) if on_device is None else on_device))
+            labels = list(self._labels(squares))
+        for index, (frame, box) in enumerate(places):
+            band = colour_band(crops[index]) if self.options.match_colours else None
+            yield PreparedFace(self._paste_plan(labels[index], box, frame.planes), latents[index], band)
 
     def _face(self, index: int) -> Face | None:
         if self._fixed is not None:
@@ -305,9 +316,17 @@ class SourcePreparer:
         assert self._faces is not None, "find_faces comes first"
         return self._faces[index] if index < len(self._faces) else None
 
-    def _latents(self, crops: Sequence[UInt8Array]) -> Iterator[NDArray[Any]]:
-        parts = self._batches.run(lambda part: self.models.generator.encode(np.stack(crops[part])), len(crops))
-        for part in parts:
+    def _crops_on_device(self, places: Sequence[tuple[media.SourceFrame, Box]]) -> torch.Tensor | None:
+        """All crops, cut where the networks run; None where they are cut on the CPU (colours are matched there)."""
+        if not self.options.device_pixels or self.options.match_colours:
+            return None
+        generator = self.models.generator
+        frames, boxes = [frame.planes for frame, _ in places], [box for _, box in places]
+        with torch.cuda.stream(self._stream):
+            return crop_patches(frames, boxes, generator.crop_px, self.info.colour.matrix, generator.device)
+
+    def _latents(self, crops: UInt8Array | torch.Tensor) -> Iterator[NDArray[Any]]:
+        for part in self._batches.run(lambda part: self.models.generator.encode(crops[part]), len(crops)):
             # numpy has no bfloat16; float32 holds it without loss.
             yield from (part.float() if part.dtype == torch.bfloat16 else part).cpu().numpy()
 

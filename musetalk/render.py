@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -23,17 +24,19 @@ import torch
 from errors import CancelledError, MediaError, RequestError
 from musetalk import media
 from musetalk.audio import SAMPLE_RATE, audio_windows, n_output_frames
-from musetalk.avatars import AvatarCache
+from musetalk.avatars import AvatarCache, PreparedFace
 from musetalk.blending import match_colours, paste_planes
+from musetalk.device_pixels import can_paste, paste_regions, write_region
 from musetalk.devices import gpu_errors
 from musetalk.frame_store import FrameStore
-from musetalk.frames import UInt8Array
+from musetalk.frames import Planes, UInt8Array
+from musetalk.generator import PendingPatches
 from musetalk.geometry import Box
 from musetalk.models import Models
 from musetalk.options import RenderOptions
 from musetalk.output_geometry import OutputPlan, parse_request, plan_output
 from musetalk.preparing import QUEUE_DEPTH, Batches, Record, SourcePreparer
-from musetalk.streaming import BackgroundWriter
+from musetalk.streaming import BackgroundReader, BackgroundWriter
 
 # A long stretch without a face is passed through instead of waiting for a batch of faces behind it.
 MAX_PENDING_BATCHES = 4
@@ -58,6 +61,62 @@ class RenderSummary:
     generator_s: float
     encoder: str
     warnings: tuple[str, ...]
+
+
+# A record, its patch or pasted region, and which of the two it is.
+_Item = tuple[Record, UInt8Array | None, bool]
+
+
+@dataclass
+class _Part:
+    """Patches that are on their way, or, `is_pasted`, regions with the patches in them."""
+
+    pending: PendingPatches
+    is_pasted: bool
+
+
+@dataclass
+class _Chunk:
+    """Consecutive output frames whose patches were started together."""
+
+    records: tuple[Record, ...]
+    parts: list[_Part] = field(default_factory=list)
+
+
+class _Line:
+    """Chunks between the networks and the encoder, in order: one may be computed while the next is launched."""
+
+    def __init__(self, sink: BackgroundWriter[_Item], on_done: Callable[[int], None]) -> None:
+        self._sink, self._on_done = sink, on_done
+        self._under_way: deque[_Chunk] = deque()
+        self.n_launched = self.n_done = 0
+        self.waited_s = 0.0
+
+    def add(self, chunk: _Chunk) -> None:
+        """Take over a chunk that was launched; hands on those before it, and itself if it is there already."""
+        self._under_way.append(chunk)
+        self.n_launched += len(chunk.records)
+        while len(self._under_way) > 1 or (self._under_way and self._is_here(self._under_way[0])):
+            self._hand_on(self._under_way.popleft())
+
+    def finish(self) -> None:
+        """Hand on what is left."""
+        while self._under_way:
+            self._hand_on(self._under_way.popleft())
+
+    @staticmethod
+    def _is_here(chunk: _Chunk) -> bool:
+        return all(part.pending.is_here for part in chunk.parts)
+
+    def _hand_on(self, chunk: _Chunk) -> None:
+        started = time.monotonic()
+        results = [(part.pending.result(), part.is_pasted) for part in chunk.parts]
+        self.waited_s += time.monotonic() - started
+        patches = ((patch, is_pasted) for part, is_pasted in results for patch in part)
+        for record in chunk.records:
+            self._sink.put((record, None, False) if record.face is None else (record, *next(patches)))
+        self.n_done += len(chunk.records)
+        self._on_done(self.n_done)
 
 
 class RenderSession:
@@ -173,8 +232,7 @@ class RenderSession:
                 limits=self._limits,
             )
         )
-        options, done = self.options, 0
-        pending: list[Record] = []
+        options, pending = self.options, list[Record]()
         with (
             gpu_errors(),
             BackgroundWriter(self._paste_and_encode, depth=QUEUE_DEPTH, name="encoder") as sink,
@@ -184,54 +242,68 @@ class RenderSession:
                 disk_bytes=options.scratch_disk_bytes,
             ) as store,
             # Closed here and not by the garbage collector: an error's traceback would keep the decoder open.
-            closing(self._preparer.in_output_order(self.n_frames, store)) as records,
+            closing(self._records(store)) as records,
         ):
+            line = _Line(sink, lambda done: on_progress(done, self.n_frames))
             for record in records:
                 pending.append(record)
                 n_faces = sum(waiting.face is not None for waiting in pending)
                 if n_faces >= options.batch_size or len(pending) >= MAX_PENDING_BATCHES * options.batch_size:
                     _check(should_stop)
-                    done = self._emit(pending, done, sink)
-                    on_progress(done, self.n_frames)
+                    line.add(self._launch(pending, line.n_launched))
+                    pending.clear()
             _check(should_stop)
-            done = self._emit(pending, done, sink)
-        on_progress(done, self.n_frames)
+            line.add(self._launch(pending, line.n_launched))
+            line.finish()
+            self.generator_s += line.waited_s
         self._preparer.keep()
 
-    def _emit(self, pending: list[Record], first: int, sink: BackgroundWriter[tuple[Record, UInt8Array | None]]) -> int:
-        """Generate the patches of the waiting frames and hand all of them on in order; empties `pending`.
+    def _records(self, store: FrameStore) -> Generator[Record, None, None] | BackgroundReader[Record]:
+        """The prepared frames in order; with overlap they are prepared in a thread, a batch or two ahead."""
+        records = self._preparer.in_output_order(self.n_frames, store)
+        if not self.options.overlap:
+            return records
+        return BackgroundReader(records, depth=2 * self.options.batch_size, name="preparer")
 
-        `first` is the output index of the first one; returns that of the next.
-        """
-        with_face = [index for index, record in enumerate(pending) if record.face is not None]
-        patches = iter(self._patches(pending, first, with_face))
-        for record in pending:
-            sink.put((record, None if record.face is None else next(patches)))
-        count = len(pending)
-        pending.clear()
-        return first + count
-
-    def _patches(self, records: list[Record], first: int, with_face: list[int]) -> list[UInt8Array]:
+    def _launch(self, records: list[Record], first: int) -> _Chunk:
+        """Start the patches of consecutive output frames, the first of which has index `first`."""
+        with_face = [index for index, record in enumerate(records) if record.face is not None]
+        chunk = _Chunk(tuple(records))
         if not with_face:
-            return []
+            return chunk
         started = time.monotonic()
         windows = audio_windows(self._features, first, len(records), self._source.rate)[with_face]
-        latents = torch.from_numpy(np.stack([face.latents for record in records if (face := record.face) is not None]))
-        parts = self._batches.run(
-            lambda part: self.models.generator.generate(latents[part], windows[part]), len(with_face)
+        faces = [(record.planes, record.face) for record in records if record.face is not None]
+        latents = torch.from_numpy(np.stack([face.latents for _, face in faces]))
+        chunk.parts = self._batches.run(
+            lambda part: self._start(latents[part], windows[part], faces[part]), len(with_face)
         )
         self.generator_s += time.monotonic() - started
-        return [patch for part in parts for patch in part]
+        return chunk
 
-    def _paste_and_encode(self, item: tuple[Record, UInt8Array | None]) -> None:
+    def _start(self, latents: torch.Tensor, windows: torch.Tensor, faces: list[tuple[Planes, PreparedFace]]) -> _Part:
+        plans, frames = [face.plan for _, face in faces], [planes for planes, _ in faces]
+        is_pasted = (
+            self.options.device_pixels
+            and all(can_paste(plan) for plan in plans)
+            and all(face.band is None for _, face in faces)
+        )
+        matrix = self._source.colour.matrix
+        finish = (lambda levels: paste_regions(levels, plans, frames, matrix)) if is_pasted else None
+        return _Part(self.models.generator.start(latents, windows, finish), is_pasted)
+
+    def _paste_and_encode(self, item: _Item) -> None:
         """In the encoder's thread: paste into a copy (the record may be shown again), crop or scale, encode."""
-        record, patch = item
+        record, patch, is_pasted = item
         planes, face = record.planes, record.face
         if face is not None and patch is not None:
             planes = planes.copy()
-            if face.band is not None:
-                patch = match_colours(patch, face.band)
-            paste_planes(planes, face.plan, patch, self._source.colour.matrix)
+            if is_pasted:
+                write_region(planes, face.plan.region, patch)
+            else:
+                if face.band is not None:
+                    patch = match_colours(patch, face.band)
+                paste_planes(planes, face.plan, patch, self._source.colour.matrix)
         self._writer.write(media.fit_planes(planes, self._plan.crop, (self._plan.width, self._plan.height)))
 
     def finish(self) -> RenderSummary:

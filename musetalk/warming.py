@@ -5,22 +5,27 @@ A set of weights that gives no finite picture is found here and not by a custome
 
 from __future__ import annotations
 
+import gc
+import logging
 from fractions import Fraction
 
 import numpy as np
 import torch
 
+from musetalk.acceleration import Acceleration, accelerator, frames_that_fit
 from musetalk.audio import SAMPLE_RATE, audio_windows
 from musetalk.devices import gpu_errors
 from musetalk.models import Models
 from musetalk.preparing import FIND_BATCH, Batches
+
+logger = logging.getLogger(__name__)
 
 # What most sources are; the detector's shapes follow the source's size.
 _TYPICAL_SIZE = (720, 1280)
 _CPU_SIZE = (96, 96)
 
 
-def warm_up(models: Models, batch_size: int) -> int:
+def warm_up(models: Models, batch_size: int, acceleration: Acceleration = "none") -> int:
     """Run the whole chain on empty pictures and silence; returns the batch size that fits, at most `batch_size`.
 
     On a CPU, where nothing is compiled for a shape, one frame proves the chain. Raises OutOfMemoryError when one frame
@@ -46,6 +51,41 @@ def warm_up(models: Models, batch_size: int) -> int:
 
         batches.run(chunk, wanted)
         if on_gpu:
+            models.generator.decode_batch = _decode_batch(models, batches.size)
+            models.generator.fixed_batch = batches.size
+        if on_gpu or acceleration == "compile":
+            _accelerate(models, batches.size, acceleration, windows)
+        if on_gpu:
+            batches.run(chunk, batches.size)
             torch.cuda.synchronize(models.device)
+            # What loading and trying out took is given back.
+            gc.collect()
             torch.cuda.empty_cache()
     return batches.size if on_gpu else batch_size
+
+
+def _accelerate(models: Models, batch_size: int, acceleration: Acceleration, windows: torch.Tensor) -> None:
+    generator = models.generator
+    shape = (batch_size, *generator.latent_shape)
+    latents = torch.zeros(shape, dtype=models.dtype, device=models.device).contiguous(memory_format=torch.channels_last)
+    generator.accelerate(accelerator(acceleration, latents, windows[:batch_size].to(models.device, models.dtype)))
+
+
+def _decode_batch(models: Models, batch_size: int) -> int:
+    """How many frames the decoder takes at once, by what one and two of them were seen to take."""
+    generator, device = models.generator, models.device
+
+    def peak(n_frames: int) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        generator.decode(torch.zeros(n_frames, generator.latent_shape[0] // 2, *generator.latent_shape[1:]))
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device)) - before
+
+    peak(1)  # the first run also loads kernels
+    one, two = peak(1), peak(2)
+    free = torch.cuda.mem_get_info(device)[0]
+    fits = frames_that_fit(free, one, two, batch_size)
+    logger.info("decoder's batch", extra={"decode_batch": fits, "frame_mib": (two - one) >> 20, "free_mib": free >> 20})
+    return fits

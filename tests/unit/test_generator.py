@@ -514,3 +514,77 @@ def test_the_file_is_read_through_the_loader_that_runs_nothing(tmp_path: Path, m
     monkeypatch.setattr(weights, "read_state", spy)
     generator.load_vae(write_vae(tmp_path / "sd-vae", build_vae().state_dict(), safe=False))
     assert read == ["diffusion_pytorch_model.bin"]
+
+
+# -- fixed batches, faster steps, what is brought back -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_frames", [1, 3, 4, 5])
+def test_a_padded_batch_gives_what_the_plain_one_gives(tiny: Generator, n_frames: int) -> None:
+    latents, windows = inputs(n_frames)
+    plain = tiny.generate(latents, windows).astype(int)
+    fixed = build(torch.float32)
+    fixed.fixed_batch = 4
+    seen: list[int] = []
+
+    def faster(step: Any) -> Any:
+        def counted(latents: Tensor, windows: Tensor) -> Tensor:
+            seen.append(len(latents))
+            result: Tensor = step(latents, windows)
+            return result
+
+        return counted
+
+    fixed.accelerate(faster)
+    patches = fixed.generate(latents, windows)
+    assert len(patches) == n_frames
+    assert np.abs(patches - plain).max() <= 1
+    # Every batch that fits has the one shape that was captured; a larger one takes the plain way.
+    assert seen == ([4] if n_frames <= 4 else [])
+
+
+def test_after_float32_the_faster_step_is_made_anew_because_weights_have_moved() -> None:
+    half = Generator(overflowing_unet(), build_vae(), device=CPU, dtype=torch.float16)
+    half.fixed_batch = 2
+    made: list[int] = []
+
+    def faster(step: Any) -> Any:
+        made.append(next(half._unet.parameters()).data_ptr())
+        return step
+
+    half.accelerate(faster)
+    half.generate(*(tensor.half() for tensor in inputs(2)))
+    assert made[-1] == next(half._unet.parameters()).data_ptr()
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_a_decoder_that_takes_fewer_frames_at_once_draws_the_same(tiny: Generator, at_once: int) -> None:
+    predicted = inputs(5)[0][:, :4]
+    whole = tiny.decode(predicted)
+    small = build(torch.float32)
+    small.decode_batch = at_once
+    assert torch.allclose(small.decode(predicted), whole, atol=1e-5)
+
+
+def test_what_is_brought_back_can_be_made_of_the_patches_where_they_are(tiny: Generator) -> None:
+    latents, windows = inputs(2)
+    pending = tiny.start(latents, windows, lambda levels: levels[:, :7, :5])
+    assert pending.is_here
+    assert np.array_equal(pending.result(), tiny.generate(latents, windows)[:, :7, :5])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["graphs", "compile"])
+def test_a_faster_step_gives_the_plain_ones_patches(kind: Any) -> None:
+    from musetalk.acceleration import accelerator
+
+    device = torch.device("cuda")
+    made = Generator(build_unet(), build_vae(), device=device, dtype=torch.float16)
+    latents, windows = (tensor.to(device, torch.float16) for tensor in inputs(4))
+    plain = made.generate(latents, windows).astype(int)
+    made.fixed_batch = 4
+    made.accelerate(accelerator(kind, latents, windows))
+    for n_frames in (4, 2):
+        patches = made.generate(latents[:n_frames], windows[:n_frames]).astype(int)
+        assert np.abs(patches - plain[:n_frames]).max() <= 2
