@@ -49,7 +49,7 @@ def _lanczos_taps(n_in: int, n_out: int) -> _Taps:
     share = centre - first.astype(np.float32)
     steps = np.arange(-3, 5)
     distance = share.astype(np.float64)[:, None] - steps
-    # sin(pi x) is the same for all eight but for its sign; at whole samples, where it is 0, one of them is all there is.
+    # sin(pi x) is the same for all eight but for its sign; at whole samples, where it is 0, one is all there is.
     is_whole = np.abs(distance) < 1e-6
     safe = np.where(is_whole, 1.0, distance)
     weights = np.where(steps % 2, -1.0, 1.0) * np.sin(safe * np.pi / 4) / safe**2

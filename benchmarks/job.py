@@ -1,0 +1,222 @@
+"""Whole jobs through the core: cold, warm, the same source again; where the time goes and what share is the model.
+
+    .venv/bin/python -m benchmarks.job [--model tiny|demo|full] [--sizes 720p,1080p] [--seconds 10,60] [--batch 8]
+        [--dtype NAME] [--source-seconds S] [--acceleration none|graphs|compile] [--json FILE]
+
+"cold" is the first job of a process whose networks ran once, on a source nobody has seen; "warm" another such source;
+"repeat" the first source with another speech, prepared already. Model-only is the rate of the same networks at the same
+batch in the same process (benchmarks.engine, launched ahead); its share of the whole job's rate says how much is lost
+around it. Peak memory is the process's; what it was before the first job stands beside it. Synthetic clips, a given
+face box, no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import media as media_benchmark
+from benchmarks.engine import inputs, launched_ahead, timed
+from benchmarks.networks import SIZES, build, dtype_of, machine
+from config import load_settings
+from jobs import JobParams
+from musetalk.devices import choose_device, choose_dtype, configure_threads
+from musetalk.warming import warm_up
+from musetalk_core import Core
+
+_IN_A_ROW = 4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One job: seconds by stage, its rate, and what the process held at its peak."""
+
+    size: str
+    audio_s: float
+    kind: str
+    n_frames: int
+    wall_s: float
+    stages: dict[str, float]
+    reused: int
+    model_fps: float
+    peak_rss_mib: float
+    before_rss_mib: float
+    peak_vram_mib: float | None
+
+    @property
+    def fps(self) -> float:
+        """Output frames a second of the whole job."""
+        return self.n_frames / self.wall_s
+
+    @property
+    def share(self) -> float:
+        """Of the model-only rate."""
+        return self.fps / self.model_fps
+
+    @property
+    def preparing(self) -> float:
+        """Share of the job before its first frame: validation and preprocessing."""
+        return (self.stages.get("validation", 0) + self.stages.get("preprocessing", 0)) / self.wall_s
+
+
+def start_core(given: argparse.Namespace, folder: Path) -> Core:
+    """A core around benchmark networks, as loading would have left it."""
+    device = choose_device(given.device)
+    configure_threads(given.threads, device)
+    dtype = dtype_of(given.dtype) if given.dtype else choose_dtype("auto", device)[0]
+    variables = {
+        "WORK_DIR": str(folder / "work"),
+        "OUTPUT_DIR": str(folder / "out"),
+        "AVATAR_DIR": str(folder / "avatars"),
+        "BATCH_SIZE": str(given.batch),
+        "MAX_AUDIO_SEC": "3600",
+        "MAX_OUTPUT_FRAMES": "100000",
+    }
+    core = Core(load_settings(variables, env_file=None))
+    models = build(given.model, device, dtype)
+    core._batch_size = warm_up(models, given.batch, given.acceleration)
+    core._models = replace(models)
+    core._encoder = core._choose_encoder(models)
+    core._avatars = core._open_avatars()
+    return core
+
+
+def model_fps(core: Core, rounds: int = 3) -> float:
+    """Frames a second of the networks alone, chunks launched ahead."""
+    models = core._models
+    assert models is not None
+    latents, windows = inputs(models, core._batch_size)
+    seconds = timed(lambda: launched_ahead(models.generator, latents, windows), models.device, rounds)
+    return core._batch_size * _IN_A_ROW / seconds
+
+
+def run(core: Core, size: str, audio_s: float, kind: str, files: tuple[Path, Path, Path]) -> Outcome:
+    """One job, timed."""
+    source, audio, output = files
+    (frame, face) = media_benchmark.SIZES[size]
+    models = core._models
+    assert models is not None
+    on_gpu = models.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(models.device)
+    before = media_benchmark.memory("VmRSS")
+    # The kernel's high-water mark starts anew, so that each job tells its own.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    params = JobParams(face_box=(*media_benchmark.centred_box(frame, face),))
+    started = time.perf_counter()
+    rendered = core.render(source, audio, output, params)
+    wall = time.perf_counter() - started
+    return Outcome(
+        size=size,
+        audio_s=audio_s,
+        kind=kind,
+        n_frames=rendered.summary.n_frames,
+        wall_s=wall,
+        stages={str(stage): seconds for stage, seconds in rendered.clock.seconds.items()},
+        reused=rendered.summary.n_reused,
+        model_fps=model_fps(core),
+        peak_rss_mib=media_benchmark.memory("VmHWM") / 2**20,
+        before_rss_mib=before / 2**20,
+        peak_vram_mib=torch.cuda.max_memory_allocated(models.device) / 2**20 if on_gpu else None,
+    )
+
+
+def run_all(core: Core, given: argparse.Namespace, folder: Path, tell: Callable[[Outcome], None]) -> None:
+    """Every size and length, three jobs each; each cold source is another one."""
+    for size in given.sizes.split(","):
+        frame, face = media_benchmark.SIZES[size]
+        for audio_s in (float(part) for part in given.seconds.split(",")):
+            n_source = round(25 * min(audio_s, given.source_seconds or audio_s))
+            sources: list[Path] = []
+            for name in ("a", "b"):
+                source = folder / f"{size}-{audio_s:g}-{name}.mp4"
+                # One frame more makes it another source.
+                media_benchmark.make_clip(source, frame, face, n_source + len(sources))
+                sources.append(source)
+            speeches = []
+            for name, longer in (("one", 0), ("two", Fraction(1, 25))):
+                speech = folder / f"{audio_s:g}-{name}.wav"
+                media_benchmark.make_audio(speech, Fraction(audio_s) - longer)
+                speeches.append(speech)
+            output = folder / "output.mp4"
+            for kind, source, speech in (
+                ("cold", sources[0], speeches[0]),
+                ("warm", sources[1], speeches[0]),
+                ("repeat", sources[0], speeches[1]),
+            ):
+                tell(run(core, size, audio_s, kind, (source, speech, output)))
+                output.unlink()
+            for source in sources:
+                source.unlink()
+
+
+def header() -> str:
+    """The columns of `row`."""
+    return (
+        f"{'size':<7}{'audio':>6} {'job':<7}{'frames':>7}{'wall s':>8}{'fps':>8}{'model':>8}{'share':>7}{'prep.':>7}"
+        f"{'valid.':>8}{'prepr.':>8}{'infer.':>8}{'post.':>7}{'reused':>7}{'RSS MiB':>9}{'+MiB':>7}{'VRAM':>7}"
+    )
+
+
+def row(done: Outcome) -> str:
+    """One job as a line."""
+    stages = [done.stages.get(name, 0.0) for name in ("validation", "preprocessing", "inference", "postprocessing")]
+    vram = "-" if done.peak_vram_mib is None else f"{done.peak_vram_mib:.0f}"
+    return (
+        f"{done.size:<7}{done.audio_s:>6g} {done.kind:<7}{done.n_frames:>7}{done.wall_s:>8.2f}{done.fps:>8.1f}"
+        f"{done.model_fps:>8.1f}{done.share:>7.0%}{done.preparing:>7.1%}"
+        f"{stages[0]:>8.2f}{stages[1]:>8.2f}{stages[2]:>8.2f}{stages[3]:>7.2f}{done.reused:>7}"
+        f"{done.peak_rss_mib:>9.0f}{done.peak_rss_mib - done.before_rss_mib:>7.0f}{vram:>7}"
+    )
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", choices=SIZES, default="demo")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--dtype", default="", help="default: what a worker would choose")
+    parser.add_argument("--acceleration", choices=["none", "graphs", "compile"], default="none")
+    parser.add_argument("--sizes", default="720p,1080p")
+    parser.add_argument("--seconds", default="10", help="length of the speech, comma-separated")
+    parser.add_argument("--source-seconds", type=float, default=0, help="length of the source; default: the speech's")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run the jobs and print a line for each."""
+    given = parse_arguments()
+    outcomes: list[Outcome] = []
+
+    def tell(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        print(row(outcome), flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="job-benchmark-") as name:
+        core = start_core(given, Path(name))
+        assert core._models is not None
+        print(f"{given.model}, {core._models.dtype}, {core._models.device}, batch {core._batch_size}")
+        print(header())
+        run_all(core, given, Path(name), tell)
+        if core._avatars is not None:
+            core._avatars.flush()
+    if given.json:
+        facts: dict[str, Any] = {"machine": machine(core._models.device), "model": given.model}
+        facts["jobs"] = [{**asdict(done), "fps": done.fps, "share": done.share} for done in outcomes]
+        given.json.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
