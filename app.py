@@ -19,6 +19,7 @@ from flask import Flask, Response, current_app, jsonify, request, send_from_dire
 from werkzeug.exceptions import Forbidden, HTTPException, NotFound, RequestEntityTooLarge, Unauthorized
 
 import openapi
+import playground
 from config import bind_addresses, load_settings
 from errors import MuseTalkError, RequestError, UnavailableError
 from jobs import Job, JobResult, error_body, parse_job, result_body
@@ -28,19 +29,23 @@ from orchestrator import Orchestrator, ProgressSender, completed_update, failed_
 from telemetry import logger
 
 
-def create_app(core: Core | None = None) -> Flask:
+def create_app(core: Core | None = None, *, with_playground: bool = False) -> Flask:
     """The app around `core`; without one, around the process's own, which starts loading its models."""
     core = core or shared_core()
     app = Flask("musetalk-worker", static_folder=None)
+    app.request_class = playground.UploadRequest
     app.config["MAX_CONTENT_LENGTH"] = core.settings.max_body_bytes
     app.extensions["core"] = core
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.add_url_rule("/hc", view_func=health, methods=["GET"])
     app.add_url_rule("/generate", view_func=generate, methods=["POST"])
     app.add_url_rule("/generate/<path:job_id>", view_func=cancel, methods=["DELETE"])
+    app.add_url_rule("/generate/<path:job_id>", view_func=progress, methods=["GET"])
     app.add_url_rule("/outputs/<name>", view_func=output, methods=["GET"])
     app.add_url_rule("/metrics", view_func=metrics, methods=["GET"])
     app.add_url_rule("/openapi.json", view_func=openapi_document, methods=["GET"])
+    if with_playground or core.settings.playground:
+        playground.register(app)
     app.before_request(check_caller)
     app.register_error_handler(Exception, answer_error)
     return app
@@ -52,8 +57,8 @@ def _core() -> Core:
     return core
 
 
-# Probes of the platform come from outside and cannot carry a key.
-_OPEN_TO_ALL = {"health"}
+# Probes of the platform come from outside and cannot carry a key; the page asks for it and holds nothing itself.
+_OPEN_TO_ALL = {"health", "playground.page", "playground.asset", "playground.demo_file"}
 
 
 def check_caller() -> None:
@@ -97,11 +102,17 @@ def health() -> tuple[Response, int]:
 
 def generate() -> tuple[Response, int]:
     """Run one job and answer with its result; 422 for bad input, 503 at once when the worker cannot take it."""
-    body = _json_body()
-    job_id = body.get("musetalk_job_id") if isinstance(body, dict) else None
-    request.environ["musetalk.job_id"] = job_id if isinstance(job_id, str) else None
-    job = parse_job(body, queue_job_id=request.headers.get("Salad-Job-Id"))
     core = _core()
+    if playground.is_upload(request):
+        # Said before half a gigabyte has come in.
+        core.check_free()
+        job = playground.uploaded_job(request)
+        request.environ["musetalk.job_id"] = job.job_id
+    else:
+        body = _json_body()
+        job_id = body.get("musetalk_job_id") if isinstance(body, dict) else None
+        request.environ["musetalk.job_id"] = job_id if isinstance(job_id, str) else None
+        job = parse_job(body, queue_job_id=request.headers.get("Salad-Job-Id"))
     if not core.settings.orchestrator_url or not core.settings.internal_api_key:
         return jsonify(result_body(core.run_job(job))), 200
     return jsonify(result_body(_run_with_progress(core, job))), 200
@@ -157,6 +168,14 @@ def cancel(job_id: str) -> tuple[Response, int]:
     return jsonify({"status": "cancelling", "musetalk_job_id": job_id}), 202
 
 
+def progress(job_id: str) -> Response:
+    """How far the running job is that has this id; 404 when none runs here."""
+    found = _core().progress_of(job_id)
+    if found is None:
+        raise NotFound
+    return jsonify({"musetalk_job_id": job_id, "stage": found.stage, "done": found.done, "total": found.total})
+
+
 def metrics() -> Response:
     """The metrics in Prometheus' text format."""
     return Response(_core().metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
@@ -179,7 +198,7 @@ def answer_error(error: Exception) -> tuple[Response, int]:
         body: dict[str, object] = {
             "status": "failed",
             "error_type": kind,
-            "error_message": error.name,
+            "error_message": _words_of(error),
             "error": error.name,
             "stage": "validation",
             "details": {"status_code": error.code},
@@ -202,6 +221,13 @@ def answer_error(error: Exception) -> tuple[Response, int]:
     return response, status
 
 
+def _words_of(error: HTTPException) -> str:
+    """Our own sentence where we gave one, else the status in words: the library's sentences are for other readers."""
+    if isinstance(error, RequestEntityTooLarge) and error.description != RequestEntityTooLarge.description:
+        return str(error.description)
+    return str(error.name)
+
+
 def main() -> int:
     """Serve on WORKER_PORT with Flask's own server, for quick local tests; returns the exit status."""
     try:
@@ -209,9 +235,9 @@ def main() -> int:
     except MuseTalkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    app = create_app()
+    app = create_app(with_playground=True)
     host = "0.0.0.0" if bind_addresses(settings.host, 0)[0].startswith("0.0.0.0") else settings.host  # noqa: S104
-    print(f"http://localhost:{settings.port}/hc says when the models are loaded", file=sys.stderr)
+    print(f"http://localhost:{settings.port}/ is a page to try it on, /hc says when it is ready", file=sys.stderr)
     app.run(host=host, port=settings.port, threaded=True)
     return 0
 

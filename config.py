@@ -113,6 +113,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("WORKER_HOST", "host", _text, "Address the HTTP server listens on; `::` is every IPv4 and IPv6 address of the machine.", "::"),
     Variable("WORKER_PORT", "port", _whole(1, 65535), "Port of the HTTP server.", "8000"),
     Variable("GRACEFUL_TIMEOUT_SEC", "graceful_timeout_s", _seconds(1, 3600), "Time from SIGTERM to the end of the process; ten seconds before it a running job is handed back as retryable.", "120"),
+    Variable("PLAYGROUND", "playground", _flag, "1 serves a page at `/` to try the worker on, and takes uploads; `python app.py` always does.", "0"),
     Variable("MAX_BODY_BYTES", "max_body_bytes", _whole(1024, 2**30), "Largest body of a request.", "1000000"),
     # Model
     Variable("MUSETALK_MODEL", "model", _choice("auto", "v15", "v1", "demo"), "Which weights to run; `auto` takes v1.5, else v1.0, else fetches v1.5 or, when no official file is there, runs the demo model.", "auto"),
@@ -191,6 +192,7 @@ class Settings:
     host: str
     port: int
     graceful_timeout_s: float
+    playground: bool
     max_body_bytes: int
     model: str
     models_dir: Path

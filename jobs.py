@@ -10,6 +10,7 @@ import re
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from errors import MuseTalkError, RequestError
@@ -42,7 +43,7 @@ class JobParams:
 
 @dataclass(frozen=True)
 class Job:
-    """One request to make one video."""
+    """One request to make one video; uploaded `files`, source and audio, take the place of the addresses."""
 
     job_id: str
     video_url: str
@@ -52,6 +53,7 @@ class Job:
     params: JobParams = field(default_factory=JobParams)
     queue_job_id: str | None = None
     buffer_job_id: str | None = None
+    files: tuple[Path, Path] | None = None
 
 
 def parse_job(body: object, *, queue_job_id: str | None = None, buffer_job_id: str | None = None) -> Job:
@@ -71,6 +73,22 @@ def parse_job(body: object, *, queue_job_id: str | None = None, buffer_job_id: s
         params=parse_params({} if params is None else params),
         queue_job_id=queue_job_id,
         buffer_job_id=buffer_job_id,
+    )
+
+
+def parse_upload(fields: Mapping[str, object], files: tuple[Path, Path]) -> Job:
+    """The job whose source and audio are local `files`; `fields` are those of `parse_job` without the addresses.
+
+    Raises RequestError that names the field at fault.
+    """
+    return Job(
+        job_id=_identifier(fields, "musetalk_job_id"),
+        video_url="",
+        audio_url="",
+        aspect_ratio=_optional_text(fields, "aspect_ratio"),
+        resolution=_optional_text(fields, "resolution"),
+        params=parse_params(fields.get("params") or {}),
+        files=files,
     )
 
 

@@ -7,6 +7,7 @@ Knows no JSON keys, no tensor operation, no picture.
 
 from __future__ import annotations
 
+import contextvars
 import errno
 import shutil
 import sys
@@ -15,6 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -72,6 +74,15 @@ class Readiness:
     def is_healthy(self) -> bool:
         """Whether probes should pass: busy is healthy, loading and failed are not."""
         return self.state in ("ready", "busy")
+
+
+@dataclass(frozen=True)
+class JobProgress:
+    """How far the running job is: frames in the stage `inference`, 0 of 1 in the others."""
+
+    stage: Stage
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,7 @@ class Core:
         self._is_draining = False
         self._watched: list[Callable[[], str | None]] = []
         self._control: JobControl | None = None
+        self._progress: JobProgress | None = None
         self._finished: OrderedDict[Job, tuple[float, JobResult]] = OrderedDict()
         self.metrics.read(
             "musetalk_model_ready", "1 while jobs can be taken or run.", lambda: self.readiness.is_healthy
@@ -346,6 +358,18 @@ class Core:
         control.stop("cancelled")
         return True
 
+    def progress_of(self, job_id: str) -> JobProgress | None:
+        """How far the running job is, if `job_id` is one of its ids."""
+        control = self._control
+        return self._progress if control is not None and control.is_called(job_id) else None
+
+    def _told_progress(self, on_progress: OnProgress) -> OnProgress:
+        def told(stage: Stage, done: int, total: int) -> None:
+            self._progress = JobProgress(stage, done, total)
+            on_progress(stage, done, total)
+
+        return told
+
     def lose(self, reason: str) -> None:
         """Only a new process can go on: not healthy from now on, and whoever serves the core is told, once."""
         if not self._is_lost.acquire(blocking=False):
@@ -372,6 +396,14 @@ class Core:
             if (reason := problem()) is not None:
                 return Readiness("failed", model, reason)
         return Readiness("busy" if self._slot.locked() else "ready", model)
+
+    def check_free(self) -> None:
+        """Raises UnavailableError when a job could not be taken right now; takes nothing itself."""
+        readiness = self.readiness
+        if readiness.state != "ready":
+            self.metrics.rejected()
+            reason = "the worker is busy with another job" if readiness.state == "busy" else readiness.reason
+            raise UnavailableError(reason or "the worker is not ready", state=readiness.state)
 
     @contextmanager
     def _holding_slot(self) -> Iterator[Models]:
@@ -428,7 +460,7 @@ class Core:
             if (kept := self._kept_result(job)) is not None:
                 logger.info("the job was done here before; its result is told again")
                 return kept
-            run = _Run(StageClock(), self._control_of(job), on_progress)
+            run = _Run(StageClock(), self._control_of(job), self._told_progress(on_progress))
             try:
                 with self._under(run, should_stop) as stop, self._work_folder() as folder:
                     result = self._run_stages(models, job, folder, run, stop)
@@ -445,6 +477,37 @@ class Core:
                 while len(self._finished) > KEPT_RESULTS:
                     self._finished.popitem(last=False)
             return result
+
+    def _bring(self, job: Job, source: Path, audio: Path, should_stop: ShouldStop) -> dict[str, int]:
+        """Both files of a job, fetched at the same time where they are not here; their bytes by the request's field.
+
+        The error of the source comes first when both fail; one that fails stops the other.
+        """
+        if job.files is not None:
+            return {"source": source.stat().st_size, "audio": audio.stat().st_size}
+        settings = self._download_settings()
+        failed = threading.Event()
+
+        def bring(url: str, path: Path, kind: Any) -> int:
+            try:
+                return fetch(
+                    url, path, settings, kind=kind, should_stop=lambda: should_stop() or failed.is_set()
+                ).n_bytes
+            except BaseException:
+                failed.set()
+                raise
+
+        with ThreadPoolExecutor(2, thread_name_prefix="download") as pool:
+            # Each with a copy of the context, which the job's id in the logs comes from.
+            parts = [
+                pool.submit(contextvars.copy_context().run, bring, url, path, kind)
+                for url, path, kind in ((job.video_url, source, "video"), (job.audio_url, audio, "audio"))
+            ]
+        errors = [error for part in parts if (error := part.exception()) is not None]
+        if errors:
+            # The one that was stopped because of the other has nothing to tell.
+            raise next((error for error in errors if not isinstance(error, CancelledError)), errors[0])
+        return {"video_url": parts[0].result(), "audio_url": parts[1].result()}
 
     def _kept_result(self, job: Job) -> JobResult | None:
         """The result of this very job, when its queue sends it again; a job without a queue's id is always run."""
@@ -477,7 +540,7 @@ class Core:
             self.lose(error.message)
             raise
         finally:
-            self._control = None
+            self._control = self._progress = None
 
     def _run_stages(self, models: Models, job: Job, folder: Path, run: _Run, should_stop: ShouldStop) -> JobResult:
         from musetalk.devices import peak_memory_mib, reset_peak_memory
@@ -491,14 +554,11 @@ class Core:
             job.resolution if wants_geometry else None,
         )
         reset_peak_memory(models.device)
-        source, audio, output = folder / "source.bin", folder / "audio.bin", folder / "output.mp4"
+        source, audio = job.files or (folder / "source.bin", folder / "audio.bin")
+        output = folder / "output.mp4"
         with run.stage("download"):
             check_room(settings.work_dir, settings.min_free_disk_mb)
-            fetching = self._download_settings()
-            sizes = {
-                "video_url": fetch(job.video_url, source, fetching, kind="video", should_stop=should_stop).n_bytes,
-                "audio_url": fetch(job.audio_url, audio, fetching, kind="audio", should_stop=should_stop).n_bytes,
-            }
+            sizes = self._bring(job, source, audio, should_stop)
         with run.stage("validation"):
             check_room(settings.work_dir, settings.min_free_disk_mb)
             for name, n_bytes in sizes.items():

@@ -26,7 +26,7 @@ def document(version: str) -> Json:
         "paths": {
             "/hc": {"get": _health()},
             "/generate": {"post": _generate()},
-            "/generate/{job_id}": {"delete": _cancel()},
+            "/generate/{job_id}": {"delete": _cancel(), "get": _progress()},
             "/outputs/{name}": {"get": _output()},
             "/metrics": {
                 "get": {
@@ -165,7 +165,11 @@ def _generate() -> Json:
     return {
         "summary": "Run one job and wait for its end",
         "parameters": [{"name": "Salad-Job-Id", "in": "header", "required": False, "schema": _TEXT}],
-        "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("Job")}}},
+        "requestBody": {
+            "required": True,
+            "description": "JSON with addresses; files, where the playground is on.",
+            "content": {"application/json": {"schema": _ref("Job")}, "multipart/form-data": {"schema": _upload()}},
+        },
         "responses": {
             "200": _json("The video is stored", _ref("Result")),
             **_failures(
@@ -177,6 +181,42 @@ def _generate() -> Json:
                 (500, "The worker or what it leans on is at fault; `retryable` says which"),
                 (503, "Busy, starting or shutting down"),
             ),
+        },
+    }
+
+
+def _upload() -> Json:
+    """The form the playground sends."""
+    file: Json = {"type": "string", "format": "binary"}
+    return {
+        "type": "object",
+        "required": ["source", "audio"],
+        "properties": {
+            "source": {**file, "description": "Video or still."},
+            "audio": {**file, "description": "Anything that holds sound."},
+            "params": {"type": "string", "description": "As in Job, as JSON text."},
+            "musetalk_job_id": {"type": "string", "description": "One is made when it is absent."},
+        },
+    }
+
+
+def _progress() -> Json:
+    body: Json = {
+        "type": "object",
+        "required": ["musetalk_job_id", "stage", "done", "total"],
+        "properties": {
+            "musetalk_job_id": _TEXT,
+            "stage": {"enum": [*STAGES]},
+            "done": {"type": "integer"},
+            "total": {"type": "integer"},
+        },
+    }
+    return {
+        "summary": "How far the running job is, by any of its ids; frames in the stage inference",
+        "parameters": [{"name": "job_id", "in": "path", "required": True, "schema": _TEXT}],
+        "responses": {
+            "200": _json("It runs", body),
+            **_failures((401, "The key is missing or wrong"), (404, "No such job runs here")),
         },
     }
 

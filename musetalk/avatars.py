@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import mmap
 import os
 import tempfile
 import threading
@@ -49,6 +50,31 @@ _HASH_BLOCK = 1 << 20
 Tier = Literal["memory", "disk"]
 
 
+class Arena:
+    """Memory for arrays that stay, apart from the heap.
+
+    Small arrays that stay, allocated between frames that go, would keep the heap from shrinking: a megabyte each.
+    """
+
+    def __init__(self, block_bytes: int = 8 * 2**20) -> None:
+        self._block_bytes = block_bytes
+        self._block = np.empty(0, np.uint8)
+        self._used = 0
+
+    def copy(self, array: NDArray[Any]) -> NDArray[Any]:
+        """A read-only copy of `array`; a block is given back when no array in it is left."""
+        start = -(-self._used // 64) * 64
+        if start + array.nbytes > len(self._block):
+            # Mapped by itself whatever its size is.
+            size = max(self._block_bytes, array.nbytes)
+            self._block, start = np.frombuffer(mmap.mmap(-1, size), np.uint8), 0
+        self._used = start + array.nbytes
+        place: NDArray[Any] = self._block[start : self._used].view(array.dtype).reshape(array.shape)
+        place[...] = array
+        place.flags.writeable = False
+        return place
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedFace:
     """The face of one source frame, ready for the generator: latents, where the patch goes, colours to match.
@@ -70,6 +96,10 @@ class PreparedFace:
         """What `arrays` described; KeyError when something is missing."""
         plan = {name.removeprefix("plan_"): array for name, array in named.items() if name.startswith("plan_")}
         return PreparedFace(PastePlan.from_arrays(plan), named["latents"], named.get("band"))
+
+    def moved_to(self, arena: Arena) -> PreparedFace:
+        """The same in the arena's memory."""
+        return PreparedFace.from_arrays({name: arena.copy(array) for name, array in self.arrays().items()})
 
     @property
     def n_bytes(self) -> int:
@@ -145,10 +175,11 @@ def _from_tensors(tensors: Mapping[str, NDArray[Any]]) -> Avatar:
         index, slash, part = name.partition("/")
         if slash:
             by_frame.setdefault(int(index), {})[part] = array
+    arena = Arena()
     return Avatar(
         found=tuple(next(seen) if is_found else None for is_found in tensors["found"]),
         is_whole=bool(tensors["whole"][0]),
-        prepared={index: PreparedFace.from_arrays(by_frame[index]) for index in sorted(by_frame)},
+        prepared={index: PreparedFace.from_arrays(by_frame[index]).moved_to(arena) for index in sorted(by_frame)},
     )
 
 

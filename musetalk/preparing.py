@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from errors import CancelledError, NoFaceError, OutOfMemoryError
 from musetalk import media
-from musetalk.avatars import Avatar, AvatarCache, PreparedFace, Tier, avatar_key, file_digest
+from musetalk.avatars import Arena, Avatar, AvatarCache, PreparedFace, Tier, avatar_key, file_digest
 from musetalk.blending import PastePlan, blend_mask, colour_band, crop_for_parsing, face_mask
 from musetalk.device_pixels import crop_patches
 from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes
@@ -113,6 +113,7 @@ class SourcePreparer:
         self._kept = Avatar()
         self._fresh: dict[int, PreparedFace] = {}
         self._fresh_bytes = 0
+        self._arena = Arena()
         if self._avatars is not None:
             self._key = avatar_key(file_digest(path), models.fingerprint, self._choices())
             if (hit := self._avatars.get(self._key)) is not None:
@@ -286,7 +287,7 @@ class SourcePreparer:
         if self._is_too_large():
             self._fresh.clear()
             return
-        self._fresh[index] = face
+        self._fresh[index] = face.moved_to(self._arena)
         self._fresh_bytes += face.n_bytes
 
     def _encode(self, places: Sequence[tuple[media.SourceFrame, Box]]) -> Iterator[PreparedFace]:

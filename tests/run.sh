@@ -8,6 +8,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash setup_env.sh dev
 [ "${1:-}" = "--setup-only" ] && exit 0
 
+# The playground is tested in a real browser; without root those tests are skipped, with the reason.
+if ! command -v chromium >/dev/null 2>&1 && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+  printf 'setup: installing chromium for the tests\n' >&2
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    chromium chromium-driver; } >/dev/null 2>&1 || printf 'setup: chromium could not be installed\n' >&2
+fi
+
 export PATH="$PWD/.venv/bin:$PATH"
 # Two threads: small tensors spin on a busy machine, and a newcomer's laptop stays usable.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"

@@ -32,7 +32,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     "command_line": {"errors", "config", "jobs", "telemetry", "musetalk_core", "weights_command"},
     # Of the model only its version.
-    "app": {"errors", "config", "jobs", "telemetry", "musetalk_core", "orchestrator", "openapi", "musetalk"},
+    "app": {
+        *("errors", "config", "jobs", "telemetry", "musetalk_core", "orchestrator", "openapi", "musetalk"),
+        "playground",
+    },
+    "playground": {"errors", "config", "jobs", "musetalk_core"},
     "lifecycle": {"musetalk_core", "telemetry"},
     "weights_command": {"errors", "config", "musetalk"},
     # Only where it is run as a command: the command reads settings, which the model must not know.
@@ -42,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
 # What a part must never import, also not from outside.
 FORBIDDEN: dict[str, set[str]] = {
     "app": {"torch", "cv2", "av", "numpy", "b2sdk"},
+    "playground": {"torch", "cv2", "av", "numpy", "b2sdk"},
     "config": {"torch", "flask"},
     "jobs": {"torch", "flask", "requests"},
     "orchestrator": {"torch", "flask"},

@@ -1,0 +1,156 @@
+"""The page at `/` to try the worker on, and the uploads it sends; only with `python app.py` or PLAYGROUND=1.
+
+Uploaded files are written to the work folder while they arrive, never held in memory, and removed with the request.
+Knows Flask and jobs, no torch and no media.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from flask import Blueprint, Flask, Request, Response, current_app, request, send_from_directory
+from werkzeug.datastructures import FileStorage
+from werkzeug.exceptions import RequestEntityTooLarge
+
+from config import ROOT, Settings
+from errors import RequestError
+from jobs import Job, parse_upload
+from musetalk_core import WORK_PREFIX
+
+_PAGE = ROOT / "page"
+_DEMO_MEDIA = ROOT / "demo/media"
+# Everything comes from here; what plays is what the page holds itself, or a bucket's link.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob: data:; media-src 'self' blob: https:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+_FORM = "multipart/form-data"
+# For the small parts of a form and what holds it together.
+_FORM_BYTES = 1_000_000
+# Parts of a form: two files and two texts.
+_MAX_PARTS = 8
+
+blueprint = Blueprint("playground", __name__)
+
+
+class UploadRequest(Request):
+    """A request whose uploaded files lie in the work folder, each in a folder of its own that a restart would clean."""
+
+    max_form_parts = _MAX_PARTS
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the core this app serves."""
+        settings = current_app.extensions["core"].settings
+        assert isinstance(settings, Settings)
+        return settings
+
+    @property
+    def max_content_length(self) -> int | None:
+        """Both files and the form around them for an upload, the usual limit for everything else."""
+        if self.mimetype == _FORM and current_app.extensions.get("playground"):
+            return self.settings.max_video_bytes + self.settings.max_audio_bytes + _FORM_BYTES
+        return super().max_content_length
+
+    @max_content_length.setter
+    def max_content_length(self, _value: int | None) -> None:
+        raise AttributeError("the limit follows the settings")
+
+    def _get_file_stream(self, *_facts: Any, **_more: Any) -> IO[bytes]:
+        """Where werkzeug writes a part of a form that is a file."""
+        self.settings.work_dir.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{WORK_PREFIX}upload-", dir=self.settings.work_dir))
+        file = (folder / "upload.bin").open("wb+")
+        self.environ.setdefault("musetalk.uploads", []).append((folder, file))
+        return file
+
+
+def register(app: Flask) -> None:
+    """Serve the page and take uploads."""
+    app.extensions["playground"] = True
+    app.register_blueprint(blueprint)
+    app.teardown_request(_remove_uploads)
+
+
+def _remove_uploads(_error: BaseException | None = None) -> None:
+    for folder, file in request.environ.pop("musetalk.uploads", []):
+        file.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_upload(given: Request) -> bool:
+    """Whether a request is a form that the playground may send."""
+    return given.mimetype == _FORM and bool(current_app.extensions.get("playground"))
+
+
+def uploaded_job(given: Request) -> Job:
+    """The job in a form: parts `source` and `audio` are files, `params` JSON, `musetalk_job_id` text.
+
+    Raises RequestError that names the part at fault, RequestEntityTooLarge for a file beyond its limit.
+    """
+    assert isinstance(given, UploadRequest)
+    settings, form = given.settings, given.form
+    paths: dict[str, Path] = {}
+    for name, limit in (("source", settings.max_video_bytes), ("audio", settings.max_audio_bytes)):
+        file = given.files.get(name)
+        if file is None or not file.filename:
+            raise RequestError(f"{name} must be a file", field=name)
+        paths[name] = _path_of(file, name, limit)
+    return parse_upload(
+        {
+            "musetalk_job_id": form.get("musetalk_job_id") or f"upload-{uuid.uuid4()}",
+            "aspect_ratio": form.get("aspect_ratio"),
+            "resolution": form.get("resolution"),
+            "params": _params(form),
+        },
+        (paths["source"], paths["audio"]),
+    )
+
+
+def _path_of(file: FileStorage, name: str, limit: int) -> Path:
+    """Where an uploaded file was written."""
+    stream: Any = file.stream
+    stream.flush()
+    path = Path(stream.name)
+    if path.stat().st_size > limit:
+        raise RequestEntityTooLarge(f"{name} is larger than {limit} bytes")
+    return path
+
+
+def _params(form: Mapping[str, str]) -> object:
+    try:
+        return json.loads(form.get("params") or "{}")
+    except ValueError:
+        raise RequestError("params must be JSON", field="params") from None
+
+
+@blueprint.get("/")
+def page() -> Response:
+    """The page."""
+    return _guarded(send_from_directory(_PAGE, "index.html", max_age=0))
+
+
+@blueprint.get("/playground/<name>")
+def asset(name: str) -> Response:
+    """Its style and its script."""
+    return _guarded(send_from_directory(_PAGE, name, max_age=0))
+
+
+@blueprint.get("/playground/demo/<name>")
+def demo_file(name: str) -> Response:
+    """The demo pair."""
+    return _guarded(send_from_directory(_DEMO_MEDIA, name, max_age=3600))
+
+
+def _guarded(response: Response) -> Response:
+    response.headers["Content-Security-Policy"] = _POLICY
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    return response
