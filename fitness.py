@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 import shutil
 import tempfile
@@ -44,3 +47,14 @@ def has_gpu_hardware(dev: Path = Path("/dev")) -> bool:
         return any(name.removeprefix("nvidia").isdigit() for name in os.listdir(dev) if name.startswith("nvidia"))
     except OSError:
         return False
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc).
+
+    Frames of a megabyte and arrays of some kilobytes pass through the same heap; what is free in its middle otherwise
+    stays with a process that lives for weeks.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -35,7 +35,7 @@ from errors import (
     UnavailableError,
     WeightsError,
 )
-from fitness import check_room, folder_problem, has_gpu_hardware
+from fitness import check_room, folder_problem, has_gpu_hardware, release_memory
 from job_control import JobControl, StopReason
 from jobs import Job, JobParams, JobResult, Stage, sidecar_body
 from storage import B2Settings, LocalStoreSettings, Store, open_store
@@ -169,6 +169,8 @@ class Core:
             self._failure = str(error)
             raise
         self._models = models
+        # Weights pass through the CPU on their way to the GPU, and in the file's precision on their way to ours.
+        release_memory()
 
     def _check_machine(self) -> None:
         settings = self.settings
@@ -630,7 +632,9 @@ class Core:
             with run.stage("inference"):
                 session.generate(lambda done, total: run.on_progress("inference", done, total), should_stop)
             with run.stage("postprocessing"):
-                return session.finish()
+                summary = session.finish()
+        release_memory()
+        return summary
 
     def _options(
         self, models: Models, params: JobParams, aspect_ratio: str | None, resolution: str | None

@@ -1,7 +1,8 @@
 """Whole jobs through the core: cold, warm, the same source again; where the time goes and what share is the model.
 
     .venv/bin/python -m benchmarks.job [--model tiny|demo|full] [--sizes 720p,1080p] [--seconds 10,60] [--batch 8]
-        [--dtype NAME] [--source-seconds S] [--acceleration none|graphs|compile] [--json FILE]
+        [--dtype NAME] [--source-seconds S] [--acceleration none|graphs|compile] [--jobs cold,repeat] [--json FILE]
+        [--demo-pair]
 
 "cold" is the first job of a process whose networks ran once, on a source nobody has seen; "warm" another such source;
 "repeat" the first source with another speech, prepared already. Model-only is the rate of the same networks at the same
@@ -27,7 +28,7 @@ import torch
 from benchmarks import media as media_benchmark
 from benchmarks.engine import inputs, launched_ahead, timed
 from benchmarks.networks import SIZES, build, dtype_of, machine
-from config import load_settings
+from config import ROOT, load_settings
 from jobs import JobParams
 from musetalk.devices import choose_device, choose_dtype, configure_threads
 from musetalk.warming import warm_up
@@ -102,7 +103,6 @@ def model_fps(core: Core, rounds: int = 3) -> float:
 def run(core: Core, size: str, audio_s: float, kind: str, files: tuple[Path, Path, Path]) -> Outcome:
     """One job, timed."""
     source, audio, output = files
-    (frame, face) = media_benchmark.SIZES[size]
     models = core._models
     assert models is not None
     on_gpu = models.device.type == "cuda"
@@ -111,7 +111,8 @@ def run(core: Core, size: str, audio_s: float, kind: str, files: tuple[Path, Pat
     before = media_benchmark.memory("VmRSS")
     # The kernel's high-water mark starts anew, so that each job tells its own.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    params = JobParams(face_box=(*media_benchmark.centred_box(frame, face),))
+    box = (*media_benchmark.centred_box(*media_benchmark.SIZES[size]),) if size in media_benchmark.SIZES else None
+    params = JobParams(face_box=box)
     started = time.perf_counter()
     rendered = core.render(source, audio, output, params)
     wall = time.perf_counter() - started
@@ -153,10 +154,20 @@ def run_all(core: Core, given: argparse.Namespace, folder: Path, tell: Callable[
                 ("warm", sources[1], speeches[0]),
                 ("repeat", sources[0], speeches[1]),
             ):
+                if kind not in given.jobs.split(","):
+                    continue
                 tell(run(core, size, audio_s, kind, (source, speech, output)))
                 output.unlink()
             for source in sources:
                 source.unlink()
+
+
+def run_demo_pair(core: Core, folder: Path, tell: Callable[[Outcome], None]) -> None:
+    """The clip and the sentence that come with the project, with faces looked for: as a first-time user runs them."""
+    media_dir = ROOT / "demo/media"
+    for kind in ("cold", "repeat"):
+        files = (media_dir / "avatar.mp4", media_dir / "speech.flac", folder / "output.mp4")
+        tell(run(core, "demo", 0, kind, files))
 
 
 def header() -> str:
@@ -189,6 +200,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", default="720p,1080p")
     parser.add_argument("--seconds", default="10", help="length of the speech, comma-separated")
     parser.add_argument("--source-seconds", type=float, default=0, help="length of the source; default: the speech's")
+    parser.add_argument("--demo-pair", action="store_true", help="the project's own clip and sentence")
+    parser.add_argument("--jobs", default="cold,warm,repeat", help="which of the three")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -209,7 +222,10 @@ def main() -> None:
         assert core._models is not None
         print(f"{given.model}, {core._models.dtype}, {core._models.device}, batch {core._batch_size}")
         print(header())
-        run_all(core, given, Path(name), tell)
+        if given.demo_pair:
+            run_demo_pair(core, Path(name), tell)
+        else:
+            run_all(core, given, Path(name), tell)
         if core._avatars is not None:
             core._avatars.flush()
     if given.json:
