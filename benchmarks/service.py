@@ -75,7 +75,7 @@ def main() -> None:
             models,
             BUFFER_WORKER_ID="bench",
             ORCHESTRATOR_BASE_URL=orchestrator.url,
-            INTERNAL_API_KEY="key",
+            INTERNAL_API_KEY="key",  # pragma: allowlist secret
             BUFFER_POLL_INTERVAL_SEC="0.2",
         )
         try:

@@ -24,6 +24,10 @@ fi
 step() { printf '\n== %s\n' "$*"; }
 step "ruff"; ruff check . && ruff format --check .
 step "mypy"; mypy
+# Keys, tokens and addresses with a login; what only looks like one is marked in its line.
+if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
+  step "secrets"; git ls-files -z | xargs -0 detect-secrets-hook
+fi
 step "shellcheck"; shellcheck ./*.sh tests/*.sh .ci/run
 if [ -f Dockerfile.worker ]; then
   step "hadolint"; hadolint Dockerfile.worker

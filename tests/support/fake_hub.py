@@ -20,7 +20,7 @@ from types import TracebackType
 
 from musetalk.manifest import MANIFEST, WeightFile
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # pragma: allowlist secret
 SIGNATURE = "very-secret-signature"
 TOKEN = "hf_veryverysecrettoken"
 

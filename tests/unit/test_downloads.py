@@ -114,7 +114,7 @@ HOSTILE = [
     # two readers, two hosts
     "http://media.example@127.0.0.1/x",
     "http://127.0.0.1@media.example/x",
-    "http://user:secret@media.example/x",
+    "http://user:secret@media.example/x",  # pragma: allowlist secret
     "http://media.example\\@127.0.0.1/x",
     "http://media.example%00.127.0.0.1/x",
     "http://%31%32%37.0.0.1/x",

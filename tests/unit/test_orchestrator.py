@@ -40,7 +40,7 @@ def client(url: str, **changes: Any) -> Orchestrator:
     values: dict[str, Any] = {
         "base_url": url,
         "buffer_base_url": url,
-        "api_key": "the-key",
+        "api_key": "the-key",  # pragma: allowlist secret
         "worker_id": "w/1",
         "gpu_class": "RTX",
     }
