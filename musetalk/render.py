@@ -183,18 +183,39 @@ class RenderSession:
         waveform = media.read_waveform(self._audio_path, self._audio, self._limits)
         self._audio_duration = Fraction(len(waveform), SAMPLE_RATE)
         self.n_frames = n_output_frames(len(waveform), self._source.rate)
+        if self.options.loop_mode != "trim":
+            self._check_length()
+        _check(should_stop)
+        with gpu_errors():
+            self._features = self.models.audio.features(waveform)
+            _check(should_stop)
+            boxes = self._preparer.find_faces(self.n_frames, should_stop)
+        if self.options.loop_mode == "trim":
+            self._trim(should_stop)
+            self._check_length()
+        self._plan = self._plan_output(boxes)
+
+    def _check_length(self) -> None:
         if self.n_frames > self._limits.max_frames:
             raise MediaError(
                 f"the output would have {self.n_frames} frames; at most {self._limits.max_frames} are allowed",
                 frames=self.n_frames,
                 limit=self._limits.max_frames,
             )
-        _check(should_stop)
-        with gpu_errors():
-            self._features = self.models.audio.features(waveform)
-            _check(should_stop)
-            boxes = self._preparer.find_faces(self.n_frames, should_stop)
-        self._plan = self._plan_output(boxes)
+
+    def _trim(self, should_stop: Callable[[], bool]) -> None:
+        """End the output, picture and sound, with the source; a still has no end, it is shown as long as the sound."""
+        if self._source.kind == "still":
+            return
+        n_source = self._preparer.count_frames(self.n_frames, should_stop)
+        if n_source >= self.n_frames:
+            return
+        # Fewer whole frames than the sound reaches: always shorter than the sound.
+        shown, spoken = n_source / self._source.rate, self._audio_duration
+        self.n_frames, self._audio_duration = n_source, shown
+        self._warnings.append(
+            f"the speech was cut: {float(shown):.2f} of its {float(spoken):.2f} s are in the video, as the source ends"
+        )
 
     def _plan_output(self, boxes: list[Box]) -> OutputPlan:
         """Size and crop of the output, fixed for the clip by the median face."""
