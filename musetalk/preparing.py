@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +49,14 @@ class Record:
         """The record as named arrays, for the frame store."""
         named: dict[str, NDArray[Any]] = {"y": self.planes.y, "u": self.planes.u, "v": self.planes.v}
         return named if self.face is None else {**named, **self.face.arrays()}
+
+    def faded(self, weight: float) -> Record:
+        """The record with its patch shown by `weight`, 0..1; at 0 nothing is to be generated for it."""
+        if self.face is None or weight >= 1:
+            return self
+        if weight <= 0:
+            return Record(self.planes)
+        return Record(self.planes, replace(self.face, plan=self.face.plan.faded(weight)))
 
     @staticmethod
     def from_arrays(named: dict[str, NDArray[Any]]) -> Record:
