@@ -16,6 +16,8 @@ from typing import Any, Literal
 from errors import MuseTalkError, RequestError
 
 ParsingMode = Literal["jaw", "raw", "neck"]
+LoopMode = Literal["ping_pong", "loop", "hold", "trim"]
+SilenceMode = Literal["generate", "closed", "source"]
 Stage = Literal["download", "validation", "preprocessing", "inference", "postprocessing", "upload"]
 STAGES: tuple[Stage, ...] = ("download", "validation", "preprocessing", "inference", "postprocessing", "upload")
 ALWAYS_REPORTED: tuple[Stage, ...] = ("download", "validation", "inference", "upload")
@@ -37,6 +39,8 @@ class JobParams:
     face_box: tuple[int, int, int, int] | None = None
     box_smoothing: float = 0.0
     max_gap_frames: int | None = None
+    loop_mode: LoopMode = "ping_pong"
+    silence: SilenceMode = "generate"
     batch_size: int | None = None
     ignored: tuple[str, ...] = ()
 
@@ -198,6 +202,16 @@ PARAMS: dict[str, Param] = {
     "max_gap_frames": Param(
         *_whole(0, 250),
         "faceless gaps up to this length are interpolated (default: half a second); longer ones show the source",
+    ),
+    "loop_mode": Param(
+        *_one_of("ping_pong", "loop", "hold", "trim"),
+        "speech longer than the source: `ping_pong` plays it to and fro (default), `loop` starts again, `hold` stays "
+        "on the last frame, `trim` ends with the source and cuts the speech (a still is shown throughout)",
+    ),
+    "silence": Param(
+        *_one_of("generate", "closed", "source"),
+        "pauses in the speech, also noisy ones: `generate` follows their sound (default), `closed` holds the mouth "
+        "shut, `source` shows the source untouched",
     ),
     "batch_size": Param(*_whole(1, 256), "output frames in one pass of the networks, instead of `BATCH_SIZE`"),
 }

@@ -652,6 +652,8 @@ class Core:
                 right_cheek_width=params.right_cheek_width,
                 box_smoothing=params.box_smoothing,
                 max_gap_frames=params.max_gap_frames,
+                loop_mode=params.loop_mode,
+                silence=params.silence,
                 batch_size=params.batch_size or self._batch_size,
                 aspect_ratio=aspect_ratio,
                 resolution=resolution,

@@ -76,6 +76,12 @@ def audio_windows(features: Tensor, first: int, count: int, rate: Fraction) -> T
     return gather_windows(features, rows)
 
 
+def hushed(windows: Tensor, silent: Tensor, weights: NDArray[np.float64]) -> Tensor:
+    """Windows (n, tokens, d) turned into the silent one (1, tokens, d): `weights` (n,) is what is left, 1 all of it."""
+    left = torch.from_numpy(weights).to(windows.device, windows.dtype)[:, None, None]
+    return windows * left + silent * (1 - left)
+
+
 def gather_windows(features: Tensor, rows: NDArray[np.integer[Any]]) -> Tensor:
     """Feature rows by index: (T, layers, d) and (count, w) -> (count, w * layers, d); rows outside 0..T-1 are zero."""
     n_rows, n_layers, d_model = features.shape
@@ -126,6 +132,7 @@ class AudioEncoder:
         self.d_model = int(config.d_model)
         self.n_layers = int(config.encoder_layers) + 1
         self._n_positions = int(config.max_source_positions)
+        self._silent: Tensor | None = None
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype) -> AudioEncoder:
@@ -192,6 +199,17 @@ class AudioEncoder:
         if not bool(torch.isfinite(features).all()):
             raise ProcessingError("Whisper gave values that are not finite", retryable=False)
         return features
+
+    def silent_window(self) -> Tensor:
+        """The window of a frame in the midst of digital silence, (1, 10 * layers, d); computed once.
+
+        One and the same for all frames: a mouth that is to keep still must not follow positions in the encoder's pass.
+        """
+        if self._silent is None:
+            features = self.features(np.zeros(self.window_samples, np.float32))
+            rows = np.arange(WINDOW_ROWS)[None, :] + len(features) // 2 - CONTEXT_LEFT
+            self._silent = gather_windows(features, rows)
+        return self._silent
 
 
 def window_starts(n_rows: int, n_positions: int, overlap: int) -> list[int]:

@@ -5,7 +5,7 @@ Masks depend on the source frame alone and are made once for it (spec sections 6
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -229,6 +229,11 @@ class PastePlan:
         ]
         chroma = cv2.resize(luma, (region.width // 2, region.height // 2), interpolation=cv2.INTER_AREA)
         return PastePlan(box, region, luma, np.asarray(chroma, np.uint8))
+
+    def faded(self, weight: float) -> PastePlan:
+        """The plan with all its weights times `weight`, 0..1: the patch shows so far through the source."""
+        luma, chroma = (np.rint(mask * np.float32(weight)).astype(np.uint8) for mask in (self.luma, self.chroma))
+        return replace(self, luma=luma, chroma=chroma)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The plan as named arrays, for the frame store."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from musetalk.options import LoopMode
+
 
 class Box(NamedTuple):
     """A rectangle in frame pixels, half-open: x0 <= x < x1, y0 <= y < y1."""
@@ -67,3 +69,15 @@ def ping_pong_index(index: int, length: int) -> int:
         raise ValueError(f"no frame {index} in a cycle of {length}")
     position = index % (2 * length)
     return position if position < length else 2 * length - 1 - position
+
+
+def source_index(mode: LoopMode, index: int, length: int) -> int:
+    """Source index of output frame `index` when the source has `length` frames.
+
+    `trim` has no frame behind the last; asked for one, it holds it. Raises ValueError as `ping_pong_index` does.
+    """
+    if mode == "ping_pong":
+        return ping_pong_index(index, length)
+    if length <= 0 or index < 0:
+        raise ValueError(f"no frame {index} of {length}")
+    return index % length if mode == "loop" else min(index, length - 1)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 MaskMode = Literal["jaw", "raw", "neck"]
+LoopMode = Literal["ping_pong", "loop", "hold", "trim"]
+SilenceMode = Literal["generate", "closed", "source"]
 
 
 # Below the chin the demo's crops have this share of the box's height: room for the jaw to drop.
@@ -19,6 +21,9 @@ class RenderOptions:
     `max_gap_frames` None means half a second; `box_smoothing` is the sigma of a Gaussian over time in frames, 0 = off;
     `aspect_ratio` and `resolution` None keep the source's. `margin_share` adds that share of the box's height to
     `extra_margin`; `match_colours` gives each patch the colours its source has beside the mouth.
+    `loop_mode` says what is shown when the sound is longer than the source: `ping_pong` the way back, `loop` the first
+    frame again, `hold` the last one; with `trim` the output ends there. `silence` says what a pause shows: what is
+    made of its sound, a mouth held shut, or the source.
     `device_pixels` cuts and pastes faces where the networks run; `overlap` prepares the source in a thread of its own.
     """
 
@@ -33,6 +38,8 @@ class RenderOptions:
     match_colours: bool = False
     box_smoothing: float = 0.0
     max_gap_frames: int | None = None
+    loop_mode: LoopMode = "ping_pong"
+    silence: SilenceMode = "generate"
     batch_size: int = 8
     aspect_ratio: str | None = None
     resolution: str | None = None

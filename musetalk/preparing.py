@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Planes, UInt8Array, planes_to_bgr
 from musetalk.generator import crop_patch
-from musetalk.geometry import Box, blend_box, ping_pong_index
+from musetalk.geometry import Box, blend_box, source_index
 from musetalk.models import Models
 from musetalk.options import RenderOptions
 from musetalk.streaming import BackgroundReader
@@ -49,6 +49,14 @@ class Record:
         """The record as named arrays, for the frame store."""
         named: dict[str, NDArray[Any]] = {"y": self.planes.y, "u": self.planes.u, "v": self.planes.v}
         return named if self.face is None else {**named, **self.face.arrays()}
+
+    def faded(self, weight: float) -> Record:
+        """The record with its patch shown by `weight`, 0..1; at 0 nothing is to be generated for it."""
+        if self.face is None or weight >= 1:
+            return self
+        if weight <= 0:
+            return Record(self.planes)
+        return Record(self.planes, replace(self.face, plan=self.face.plan.faded(weight)))
 
     @staticmethod
     def from_arrays(named: dict[str, NDArray[Any]]) -> Record:
@@ -192,14 +200,32 @@ class SourcePreparer:
     def _is_too_large(self) -> bool:
         return self._avatars is None or self._kept.n_bytes + self._fresh_bytes > self._avatars.largest_bytes
 
-    def in_output_order(self, n_output: int, store: FrameStore) -> Generator[Record, None, None]:
-        """The prepared picture of each of `n_output` output frames: forwards, then to and fro.
+    def count_frames(self, max_frames: int, should_stop: Callable[[], bool]) -> int:
+        """How many frames the source has, `max_frames` at most: headers estimate, so they are decoded and counted.
 
-        Pictures that will be shown again are kept in `store`; a source longer than the output streams through.
+        After a search for faces it is known already. Raises MediaError for a broken source, CancelledError.
         """
+        if self._faces is not None:
+            return len(self._faces)
+        n_frames = 0
+        with self._open(max_frames) as frames:
+            for batch in _batched(frames, FIND_BATCH):
+                if should_stop():
+                    raise CancelledError("the job was cancelled")
+                n_frames += len(batch)
+        return n_frames
+
+    def in_output_order(self, n_output: int, store: FrameStore) -> Generator[Record, None, None]:
+        """The prepared picture of each of `n_output` output frames: forwards, then as `loop_mode` says.
+
+        Pictures that will be shown again are kept in `store`; a source longer than the output streams through, and of
+        one that is held only the last picture is kept.
+        """
+        comes_back = self.options.loop_mode in ("ping_pong", "loop")
         expected = len(self._faces) if self._faces is not None else self.info.n_frames
-        keep = expected is None or expected < n_output
+        keep = comes_back and (expected is None or expected < n_output)
         order: list[int] = []
+        last: Record | None = None
         with closing(self._forward(n_output)) as forward:
             for frame, record in forward:
                 if frame.is_repeat and order:
@@ -209,13 +235,18 @@ class SourcePreparer:
                     if keep:
                         store.put(order[-1], record.arrays())
                 self.n_without_face += record.face is None
+                last = record
                 yield record
         self.n_frames = len(order)
+        if not comes_back and last is not None:
+            yield from repeat(last, n_output - len(order))
+            return
         if len(order) < n_output and not keep:
             # The header promised more frames than there are: once more through the source, this time to keep them.
             self._keep_all(n_output, store)
         for index in range(len(order), n_output):
-            yield Record.from_arrays(store.get(order[ping_pong_index(index, len(order))]))
+            shown = source_index(self.options.loop_mode, index, len(order))
+            yield Record.from_arrays(store.get(order[shown]))
 
     def _keep_all(self, n_output: int, store: FrameStore) -> None:
         index = 0

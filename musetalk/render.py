@@ -20,10 +20,11 @@ from types import TracebackType
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from errors import CancelledError, MediaError, RequestError
 from musetalk import media
-from musetalk.audio import SAMPLE_RATE, audio_windows, n_output_frames
+from musetalk.audio import SAMPLE_RATE, audio_windows, hushed, n_output_frames
 from musetalk.avatars import AvatarCache, PreparedFace
 from musetalk.blending import match_colours, paste_planes
 from musetalk.device_pixels import can_paste, paste_regions, write_region
@@ -36,6 +37,7 @@ from musetalk.models import Models
 from musetalk.options import RenderOptions
 from musetalk.output_geometry import OutputPlan, parse_request, plan_output
 from musetalk.preparing import QUEUE_DEPTH, Batches, Record, SourcePreparer
+from musetalk.silence import quiet_spans, speech_weights
 from musetalk.streaming import BackgroundReader, BackgroundWriter
 
 # A long stretch without a face is passed through instead of waiting for a batch of faces behind it.
@@ -145,6 +147,8 @@ class RenderSession:
         self._batches = Batches(options.batch_size)
         self._warnings: list[str] = []
         self._stack = ExitStack()
+        # How much each output frame shows of the mouth that speaks; None where pauses are not looked for.
+        self._speech: NDArray[np.float64] | None = None
         self.generator_s = 0.0
 
     def __enter__(self) -> RenderSession:
@@ -183,18 +187,42 @@ class RenderSession:
         waveform = media.read_waveform(self._audio_path, self._audio, self._limits)
         self._audio_duration = Fraction(len(waveform), SAMPLE_RATE)
         self.n_frames = n_output_frames(len(waveform), self._source.rate)
+        if self.options.loop_mode != "trim":
+            self._check_length()
+        if self.options.silence != "generate":
+            spans = quiet_spans(waveform)
+            self._speech = speech_weights(spans, len(waveform), self.n_frames, self._source.rate)
+        _check(should_stop)
+        with gpu_errors():
+            self._features = self.models.audio.features(waveform)
+            _check(should_stop)
+            boxes = self._preparer.find_faces(self.n_frames, should_stop)
+        if self.options.loop_mode == "trim":
+            self._trim(should_stop)
+            self._check_length()
+        self._plan = self._plan_output(boxes)
+
+    def _check_length(self) -> None:
         if self.n_frames > self._limits.max_frames:
             raise MediaError(
                 f"the output would have {self.n_frames} frames; at most {self._limits.max_frames} are allowed",
                 frames=self.n_frames,
                 limit=self._limits.max_frames,
             )
-        _check(should_stop)
-        with gpu_errors():
-            self._features = self.models.audio.features(waveform)
-            _check(should_stop)
-            boxes = self._preparer.find_faces(self.n_frames, should_stop)
-        self._plan = self._plan_output(boxes)
+
+    def _trim(self, should_stop: Callable[[], bool]) -> None:
+        """End the output, picture and sound, with the source; a still has no end, it is shown as long as the sound."""
+        if self._source.kind == "still":
+            return
+        n_source = self._preparer.count_frames(self.n_frames, should_stop)
+        if n_source >= self.n_frames:
+            return
+        # Fewer whole frames than the sound reaches: always shorter than the sound.
+        shown, spoken = n_source / self._source.rate, self._audio_duration
+        self.n_frames, self._audio_duration = n_source, shown
+        self._warnings.append(
+            f"the speech was cut: {float(shown):.2f} of its {float(spoken):.2f} s are in the video, as the source ends"
+        )
 
     def _plan_output(self, boxes: list[Box]) -> OutputPlan:
         """Size and crop of the output, fixed for the clip by the median face."""
@@ -245,8 +273,8 @@ class RenderSession:
             closing(self._records(store)) as records,
         ):
             line = _Line(sink, lambda done: on_progress(done, self.n_frames))
-            for record in records:
-                pending.append(record)
+            for index, record in enumerate(records):
+                pending.append(self._in_speech(record, index))
                 n_faces = sum(waiting.face is not None for waiting in pending)
                 if n_faces >= options.batch_size or len(pending) >= MAX_PENDING_BATCHES * options.batch_size:
                     _check(should_stop)
@@ -265,6 +293,20 @@ class RenderSession:
             return records
         return BackgroundReader(records, depth=2 * self.options.batch_size, name="preparer")
 
+    def _in_speech(self, record: Record, index: int) -> Record:
+        """The record as output frame `index` shows it: in a pause the source, where that is wanted."""
+        if self.options.silence != "source" or self._speech is None:
+            return record
+        return record.faded(float(self._speech[index]))
+
+    def _windows(self, first: int, count: int) -> torch.Tensor:
+        """What the mouths of output frames `first` .. `first + count - 1` follow; silence where they are held shut."""
+        windows = audio_windows(self._features, first, count, self._source.rate)
+        if self.options.silence != "closed" or self._speech is None:
+            return windows
+        weights = self._speech[first : first + count]
+        return windows if weights.min() == 1 else hushed(windows, self.models.audio.silent_window(), weights)
+
     def _launch(self, records: list[Record], first: int) -> _Chunk:
         """Start the patches of consecutive output frames, the first of which has index `first`."""
         with_face = [index for index, record in enumerate(records) if record.face is not None]
@@ -272,7 +314,7 @@ class RenderSession:
         if not with_face:
             return chunk
         started = time.monotonic()
-        windows = audio_windows(self._features, first, len(records), self._source.rate)[with_face]
+        windows = self._windows(first, len(records))[with_face]
         faces = [(record.planes, record.face) for record in records if record.face is not None]
         latents = torch.from_numpy(np.stack([face.latents for _, face in faces]))
         chunk.parts = self._batches.run(

@@ -57,6 +57,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "musetalk/blending": {"torch"},
     "musetalk/frame_store": {"torch"},
     "musetalk/geometry": {"numpy", "torch"},
+    "musetalk/silence": {"torch", "av", "cv2"},
     "musetalk/output_geometry": {"numpy", "torch"},
     "musetalk/networks": {"os", "pathlib", "errors"},
     "musetalk/weights": {"musetalk/networks"},

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musetalk.geometry import Box, blend_box, ping_pong_index
+from musetalk.geometry import Box, blend_box, ping_pong_index, source_index
+from musetalk.options import LoopMode
 
 edges = st.integers(-300, 300)
 boxes = st.builds(Box, edges, edges, edges, edges)
@@ -143,3 +144,30 @@ def test_the_order_repeats_and_never_jumps(index: int, length: int) -> None:
 def test_there_is_no_frame_of_an_empty_source_or_before_the_first(index: int, length: int) -> None:
     with pytest.raises(ValueError, match="no frame"):
         ping_pong_index(index, length)
+
+
+def test_each_mode_has_its_own_order() -> None:
+    orders: dict[LoopMode, list[int]] = {
+        "ping_pong": [0, 1, 2, 2, 1, 0, 0, 1],
+        "loop": [0, 1, 2, 0, 1, 2, 0, 1],
+        "hold": [0, 1, 2, 2, 2, 2, 2, 2],
+        "trim": [0, 1, 2, 2, 2, 2, 2, 2],
+    }
+    for mode, order in orders.items():
+        assert [source_index(mode, index, 3) for index in range(8)] == order
+
+
+@pytest.mark.parametrize("mode", ["ping_pong", "loop", "hold", "trim"])
+@given(st.integers(1, 500), st.data())
+def test_every_mode_begins_with_the_source_and_stays_inside_it(
+    mode: LoopMode, length: int, data: st.DataObject
+) -> None:
+    assert [source_index(mode, index, length) for index in (0, length - 1)] == [0, length - 1]
+    assert 0 <= source_index(mode, data.draw(st.integers(0, 5_000)), length) < length
+
+
+@pytest.mark.parametrize(("index", "length"), [(0, 0), (-1, 3), (2, -1)])
+@pytest.mark.parametrize("mode", ["ping_pong", "loop", "hold", "trim"])
+def test_no_mode_has_a_frame_outside(mode: LoopMode, index: int, length: int) -> None:
+    with pytest.raises(ValueError, match="no frame"):
+        source_index(mode, index, length)
