@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import wave
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from demo.evaluate import demo_models, read_frames
+from demo.evaluate import read_frames
 from demo.make_pair import AVATAR, SPEECH
-from musetalk.models import Models
+from demo.stages import MODELS
+from musetalk.devices import choose_dtype
+from musetalk.models import Models, load_models
 from musetalk.options import version_defaults
 from musetalk.render import RenderSession
 
@@ -28,10 +34,10 @@ _MOUTH = (slice(225, 355), slice(175, 337))
 _QUALITY = 85
 
 
-def render(models: Models, folder: Path, **options: Any) -> list[Picture]:
-    """All frames of the demo pair, made with `options`."""
+def render(models: Models, folder: Path, source: Path = AVATAR, audio: Path = SPEECH, **options: Any) -> list[Picture]:
+    """All frames of the demo pair, or of other files, made with `options`."""
     output = folder / "out.mp4"
-    with RenderSession(models, AVATAR, SPEECH, output, replace(version_defaults("demo"), **options)) as session:
+    with RenderSession(models, source, audio, output, replace(version_defaults("demo"), **options)) as session:
         session.probe()
         session.prepare()
         session.generate()
@@ -76,7 +82,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent / "pictures")
     folder = parser.parse_args().folder
     folder.mkdir(exist_ok=True)
-    models = demo_models()
+    # In the precision a worker would choose here.
+    device = torch.device("cpu")
+    models = load_models(MODELS, "demo", device=device, dtype=choose_dtype("auto", device)[0])
     with tempfile.TemporaryDirectory() as name:
         usual = render(models, Path(name))
         source = [np.asarray(frame, np.uint8) for frame in read_frames(AVATAR)]
@@ -87,6 +95,59 @@ def main() -> None:
             shown = [source[min(widest, len(source) - 1)][_MOUTH]]
             shown += [render(models, Path(name), **options)[widest][_MOUTH] for options in choices]
             save(folder, title, row(shown, 170))
+        save(folder, "silence", compare_silence(models, Path(name), source))
+        save(folder, "loop", compare_loops(models, Path(name)))
+
+
+def noisy_pause(folder: Path) -> Path:
+    """Two seconds of the sentence, then two of a quiet murmur below speech."""
+    with av.open(str(SPEECH)) as container:
+        rate = container.streams.audio[0].rate
+        parts = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
+    samples = np.concatenate(parts)
+    voice = samples.astype(np.float32) / (np.iinfo(samples.dtype).max if samples.dtype.kind == "i" else 1)
+    spoken = voice[: 2 * rate]
+    murmur = 0.05 * voice[2 * rate : 4 * rate]
+    sound = np.concatenate([spoken, murmur])
+    path = folder / "pause.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes((sound * 32767).astype("<i2").tobytes())
+    return path
+
+
+def compare_silence(models: Models, folder: Path, source: list[Picture]) -> Picture:
+    """The frame of the pause where the generated mouth is farthest from the source's."""
+    audio = noisy_pause(folder)
+    made = {
+        name: render(models, folder, audio=audio, silence=name, batch_size=4)
+        for name in ("generate", "closed", "source")
+    }
+    pause = range(60, min(95, len(source)))
+    apart = [float(np.abs(made["generate"][at][_MOUTH].astype(int) - source[at][_MOUTH]).mean()) for at in pause]
+    at = pause[int(np.argmax(apart))]
+    return row([source[at][_MOUTH], *(frames[at][_MOUTH] for frames in made.values())], 170)
+
+
+def compare_loops(models: Models, folder: Path) -> Picture:
+    """A row for each mode: frames on both sides of the end of a source of one second."""
+    short = folder / "short.mp4"
+    with av.open(str(AVATAR)) as given, av.open(str(short), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25, options={"crf": "12"})
+        stream.width, stream.height, stream.pix_fmt = 512, 512, "yuv420p"
+        # The head turns fast enough there to tell one way from the other.
+        for index, frame in enumerate(given.decode(video=0)):
+            if index % 6 == 0 and index < 150:
+                picture = frame.reformat(format="yuv420p")
+                picture.pts, picture.time_base = index // 6, Fraction(1, 25)
+                container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    lines = []
+    for mode in ("ping_pong", "loop", "hold"):
+        frames = render(models, folder, source=short, audio=noisy_pause(folder), loop_mode=mode)
+        lines.append(row([frames[at][_HEAD] for at in (15, 20, 24, 25, 29, 34)], 120))
+    gap = np.full((6, lines[0].shape[1], 3), 255, np.uint8)
+    return np.asarray(np.vstack([lines[0], gap, lines[1], gap, lines[2]]), np.uint8)
 
 
 # The source first, then each of these.
