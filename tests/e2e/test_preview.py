@@ -83,7 +83,7 @@ def test_shape_and_odd_rates_too(core: Core, whole: Whole, tmp_path: Path) -> No
     source = make_source(tmp_path / "source.mp4", 9, Fraction(30000, 1001))
     audio = make_audio(tmp_path / "a.wav", 0.5)
     pictures = whole(source, audio, aspect_ratio="1:1", resolution="256x256")
-    made = preview(core, source, audio, 0.3, aspect_ratio="1:1", resolution="256x256")
+    made = preview(core, source, audio, 0.28, aspect_ratio="1:1", resolution="256x256")
     assert made.index == 8
     assert made.planes.y.shape == (256, 256)
     assert_same(made.planes, pictures[8])
