@@ -15,6 +15,9 @@ from musetalk_core import Core, Rendered
 from telemetry import configure_logging
 from weights_command import watching
 
+# What a preview can be written as.
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Lip-sync SOURCE (video or still) to AUDIO and write the MP4 OUTPUT.")
@@ -28,9 +31,18 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="a job parameter, VALUE as JSON: --param face_box=[10,20,200,260] --param parsing_mode=raw",
     )
+    parser.add_argument(
+        "--preview",
+        type=float,
+        metavar="SECONDS",
+        help="only the picture shown at this time; OUTPUT is then a .png or .jpg",
+    )
     parser.add_argument("--aspect-ratio", help="crop around the face to a:b")
     parser.add_argument("--resolution", help="Np (short side) or WxH")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if given.preview is not None and given.output.suffix.lower() not in PICTURE_SUFFIXES:
+        parser.error(f"with --preview OUTPUT ends in {', '.join(PICTURE_SUFFIXES)}")
+    return given
 
 
 def _params_from(pairs: Sequence[str]) -> JobParams:
@@ -51,8 +63,6 @@ def _params_from(pairs: Sequence[str]) -> JobParams:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status (0 made, 1 could not be made)."""
-    from tqdm import tqdm
-
     configure_logging("warning", sys.stderr)
     given = _parse_arguments(arguments)
     try:
@@ -62,31 +72,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"loading the models from {settings.models_dir}", file=sys.stderr)
         with watching() as core.fetch_watcher:
             core.load()
-        with tqdm(unit="frame", desc="validation", file=sys.stderr, dynamic_ncols=True) as bar:
-
-            def show(stage: Stage, done: int, total: int) -> None:
-                bar.set_description(stage)
-                if stage == "inference":
-                    bar.total = total
-                    bar.update(done - bar.n)
-
-            rendered = core.render(
-                given.source,
-                given.audio,
-                given.output,
-                params,
-                aspect_ratio=given.aspect_ratio,
-                resolution=given.resolution,
-                on_progress=show,
-            )
+        if given.preview is None:
+            _print_summary(given.output, _render(core, given, params))
+        else:
+            _preview(core, given, params)
     except MuseTalkError as error:
         print(f"error{f' in {error.stage}' if error.stage else ''}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; no file was written", file=sys.stderr)
         return 130
-    _print_summary(given.output, rendered)
     return 0
+
+
+def _render(core: Core, given: argparse.Namespace, params: JobParams) -> Rendered:
+    from tqdm import tqdm
+
+    with tqdm(unit="frame", desc="validation", file=sys.stderr, dynamic_ncols=True) as bar:
+
+        def show(stage: Stage, done: int, total: int) -> None:
+            bar.set_description(stage)
+            if stage == "inference":
+                bar.total = total
+                bar.update(done - bar.n)
+
+        return core.render(
+            given.source,
+            given.audio,
+            given.output,
+            params,
+            aspect_ratio=given.aspect_ratio,
+            resolution=given.resolution,
+            on_progress=show,
+        )
+
+
+def _preview(core: Core, given: argparse.Namespace, params: JobParams) -> None:
+    preview = core.preview(
+        given.source,
+        given.audio,
+        given.preview,
+        params,
+        aspect_ratio=given.aspect_ratio,
+        resolution=given.resolution,
+    )
+    preview.save(given.output)
+    print(f"{given.output}: frame {preview.index}, shown at {preview.time_s:.3f} s")
+    for warning in preview.warnings:
+        print(f"warning: {warning}")
 
 
 def _print_summary(output: Path, rendered: Rendered) -> None:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from musetalk.media import EncoderSettings, MediaLimits
     from musetalk.models import Models
     from musetalk.options import RenderOptions
-    from musetalk.render import RenderSummary
+    from musetalk.render import Preview, RenderSession, RenderSummary
     from musetalk.weights import ModelVersion
 
 State = Literal["starting", "ready", "busy", "failed", "draining"]
@@ -449,6 +449,34 @@ class Core:
                 summary = self._render(models, source, audio, output, options, run, stop)
             return Rendered(summary, run.clock, models.version)
 
+    def preview(
+        self,
+        source: Path,
+        audio: Path,
+        time_s: float,
+        params: JobParams | None = None,
+        *,
+        aspect_ratio: str | None = None,
+        resolution: str | None = None,
+        on_progress: OnProgress = _no_progress,
+        should_stop: ShouldStop = _never,
+    ) -> Preview:
+        """One picture of the video that `render` would make, the one shown at `time_s`; writes nothing.
+
+        Raises as `render`, and RequestError when the video ends before.
+        """
+        with self._holding_slot() as models:
+            run = _Run(StageClock(), self._control_of(), on_progress)
+            with self._under(run, should_stop) as stop:
+                options = self._options(models, params or JobParams(), aspect_ratio, resolution)
+                with self._session(models, source, audio, None, options) as session:
+                    with run.stage("validation"):
+                        session.probe()
+                    with run.stage("preprocessing"):
+                        session.prepare(stop, preview_s=time_s)
+                    with run.stage("inference"):
+                        return session.preview(time_s)
+
     def run_job(
         self, job: Job, *, on_progress: OnProgress = _no_progress, should_stop: ShouldStop = _never
     ) -> JobResult:
@@ -612,19 +640,7 @@ class Core:
         run: _Run,
         should_stop: ShouldStop,
     ) -> RenderSummary:
-        from musetalk.render import RenderSession
-
-        session = RenderSession(
-            models,
-            source,
-            audio,
-            output,
-            options,
-            limits=self._limits(),
-            encoder=self._encoder,
-            avatars=self._avatars,
-        )
-        with session:
+        with self._session(models, source, audio, output, options) as session:
             with run.stage("validation"):
                 session.probe()
             with run.stage("preprocessing"):
@@ -635,6 +651,22 @@ class Core:
                 summary = session.finish()
         release_memory()
         return summary
+
+    def _session(
+        self, models: Models, source: Path, audio: Path, output: Path | None, options: RenderOptions
+    ) -> RenderSession:
+        from musetalk.render import RenderSession
+
+        return RenderSession(
+            models,
+            source,
+            audio,
+            output,
+            options,
+            limits=self._limits(),
+            encoder=self._encoder,
+            avatars=self._avatars,
+        )
 
     def _options(
         self, models: Models, params: JobParams, aspect_ratio: str | None, resolution: str | None

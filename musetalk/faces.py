@@ -332,6 +332,10 @@ def fixed_face(face_box: tuple[int, int, int, int], width: int, height: int) -> 
 # -- over time --------------------------------------------------------------------------------------------------------
 
 
+# A Gaussian ends here, in sigmas (scipy's own choice).
+_GAUSSIAN_REACH = 4.0
+
+
 def fill_gaps(faces: Sequence[Face | None], max_gap: int) -> list[Face | None]:
     """Interpolate gaps of at most `max_gap` frames between two found faces; longer ones and the ends stay None."""
     filled = list(faces)
@@ -360,6 +364,11 @@ def _between(first: Face, second: Face, step: int, n_steps: int) -> Face:
     return Face(Box(*edges), landmarks, min(first.score, second.score))
 
 
+def smoothing_reach(sigma_frames: float) -> int:
+    """Frames before and behind one that its smoothed box depends on."""
+    return int(_GAUSSIAN_REACH * sigma_frames + 0.5) if sigma_frames > 0 else 0
+
+
 def smooth_boxes(faces: Sequence[Face | None], sigma_frames: float) -> list[Face | None]:
     """Boxes averaged over time with a Gaussian, each unbroken run for itself; 0 leaves all as it is.
 
@@ -379,7 +388,9 @@ def smooth_boxes(faces: Sequence[Face | None], sigma_frames: float) -> list[Face
             run.append(face)
             last += 1
         edges = np.array([face.box for face in run], np.float64)
-        means = np.floor(gaussian_filter1d(edges, sigma_frames, axis=0, mode="nearest") + 0.5).astype(int)
+        means = np.floor(
+            gaussian_filter1d(edges, sigma_frames, axis=0, mode="nearest", truncate=_GAUSSIAN_REACH) + 0.5
+        ).astype(int)
         for offset, (face, row) in enumerate(zip(run, means, strict=True)):
             smoothed[first + offset] = replace(face, box=Box(*(int(edge) for edge in row)))
         first = last

@@ -21,7 +21,7 @@ from musetalk import media
 from musetalk.avatars import Arena, Avatar, AvatarCache, PreparedFace, Tier, avatar_key, file_digest
 from musetalk.blending import PastePlan, blend_mask, colour_band, crop_for_parsing, face_mask
 from musetalk.device_pixels import crop_patches
-from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes
+from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes, smoothing_reach
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Planes, UInt8Array, planes_to_bgr
 from musetalk.generator import crop_patch
@@ -167,11 +167,20 @@ class SourcePreparer:
         n_found = sum(face is not None for face in faces)
         if n_found == 0:
             raise NoFaceError("no frame of the source shows a face", frames=len(faces))
-        max_gap = self.options.max_gap_frames
-        filled = fill_gaps(faces, round(self.info.rate / 2) if max_gap is None else max_gap)
+        filled = fill_gaps(faces, self._max_gap)
         self.n_interpolated = sum(face is not None for face in filled) - n_found
         self._faces = smooth_boxes(filled, self.options.box_smoothing)
         return [face.box for face in self._faces if face is not None]
+
+    @property
+    def _max_gap(self) -> int:
+        max_gap = self.options.max_gap_frames
+        return round(self.info.rate / 2) if max_gap is None else max_gap
+
+    @property
+    def n_ahead(self) -> int:
+        """Frames behind one that have to be searched for its own box: smoothing looks at them, gaps end there."""
+        return smoothing_reach(self.options.box_smoothing) + self._max_gap + 1
 
     def _search(self, max_frames: int, should_stop: Callable[[], bool]) -> tuple[Face | None, ...]:
         """What the detector says of the first `max_frames` frames; those it was asked about before it is not asked."""
@@ -247,6 +256,29 @@ class SourcePreparer:
         for index in range(len(order), n_output):
             shown = source_index(self.options.loop_mode, index, len(order))
             yield Record.from_arrays(store.get(order[shown]))
+
+    def output_frame(self, index: int) -> Record:
+        """The prepared picture of output frame `index` alone."""
+        frame, n_seen = self._picture_at(index)
+        if n_seen <= index:
+            frame, _ = self._picture_at(source_index(self.options.loop_mode, index, n_seen))
+        record = self._prepare([frame])[0]
+        # Not kept: a whole video prepares it together with others, and keeps that to the last digit.
+        self._fresh.clear()
+        self._fresh_bytes = 0
+        return record
+
+    def _picture_at(self, index: int) -> tuple[media.SourceFrame, int]:
+        """What the source shows at frame `index` (or last) as the frame where it appeared, and the frames decoded."""
+        shown: media.SourceFrame | None = None
+        n_seen = 0
+        with self._open(index + 1) as frames:
+            for frame in frames:
+                n_seen += 1
+                if shown is None or not frame.is_repeat:
+                    shown = frame
+        assert shown is not None, "a source without any picture is refused when it is read"
+        return shown, n_seen
 
     def _keep_all(self, n_output: int, store: FrameStore) -> None:
         index = 0

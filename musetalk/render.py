@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from errors import CancelledError, MediaError, RequestError
+from errors import CancelledError, MediaError, NoFaceError, RequestError
 from musetalk import media
 from musetalk.audio import SAMPLE_RATE, audio_windows, hushed, n_output_frames
 from musetalk.avatars import AvatarCache, PreparedFace
@@ -30,7 +30,7 @@ from musetalk.blending import match_colours, paste_planes
 from musetalk.device_pixels import can_paste, paste_regions, write_region
 from musetalk.devices import gpu_errors
 from musetalk.frame_store import FrameStore
-from musetalk.frames import Planes, UInt8Array
+from musetalk.frames import Matrix, Planes, UInt8Array
 from musetalk.generator import PendingPatches
 from musetalk.geometry import Box
 from musetalk.models import Models
@@ -63,6 +63,21 @@ class RenderSummary:
     generator_s: float
     encoder: str
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One picture of a video, as it goes to the encoder; shown from `time_s` on."""
+
+    planes: Planes
+    matrix: Matrix
+    index: int
+    time_s: float
+    warnings: tuple[str, ...] = ()
+
+    def save(self, path: Path) -> None:
+        """Write it as PNG or JPEG, by the name. Raises EncodeError or DiskFullError."""
+        media.write_picture(path, self.planes, self.matrix)
 
 
 # A record, its patch or pasted region, and which of the two it is.
@@ -132,13 +147,14 @@ class RenderSession:
         models: Models,
         source: Path,
         audio: Path,
-        output: Path,
+        output: Path | None,
         options: RenderOptions,
         *,
         limits: media.MediaLimits | None = None,
         encoder: media.EncoderSettings | None = None,
         avatars: AvatarCache | None = None,
     ) -> None:
+        """`output` may be None where nothing but a preview is wanted."""
         self.models, self.options = models, options
         self._source_path, self._audio_path, self._output_path = source, audio, output
         self._limits = limits or media.MediaLimits()
@@ -178,8 +194,8 @@ class RenderSession:
             self._avatars,
         )
 
-    def prepare(self, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Read the sound, fix the output's length and find the faces.
+    def prepare(self, should_stop: Callable[[], bool] = lambda: False, *, preview_s: float | None = None) -> None:
+        """Read the sound, fix the output's length and find the faces; for a preview, those near its time (s) alone.
 
         Raises MediaError when the audio or the source cannot be used, NoFaceError when no frame shows a face,
         CancelledError when `should_stop()` says so.
@@ -196,11 +212,32 @@ class RenderSession:
         with gpu_errors():
             self._features = self.models.audio.features(waveform)
             _check(should_stop)
-            boxes = self._preparer.find_faces(self.n_frames, should_stop)
+            boxes = self._find_faces(should_stop, preview_s)
         if self.options.loop_mode == "trim":
             self._trim(should_stop)
             self._check_length()
         self._plan = self._plan_output(boxes)
+
+    def _find_faces(self, should_stop: Callable[[], bool], preview_s: float | None) -> list[Box]:
+        options = self.options
+        # The end of the source and a crop around the median face are known only when all was looked at.
+        looks_at_all = options.loop_mode == "trim" or options.aspect_ratio or options.resolution
+        if preview_s is not None and not looks_at_all:
+            n_near = self._index_at(preview_s) + 1 + self._preparer.n_ahead
+            try:
+                return self._preparer.find_faces(min(n_near, self.n_frames), should_stop)
+            except NoFaceError:
+                if n_near >= self.n_frames:
+                    raise
+        return self._preparer.find_faces(self.n_frames, should_stop)
+
+    def _index_at(self, time_s: float) -> int:
+        """The output frame that is shown at a time; raises RequestError when there is none."""
+        duration = float(self.n_frames / self._source.rate)
+        if not 0 <= time_s <= duration:
+            raise RequestError(f"the preview's time must be from 0 to {duration:.3f} s", field="preview_s")
+        # Times are told in milliseconds: the one a frame begins at, rounded, means this frame and not the one before.
+        return min(int((Fraction(time_s) + Fraction(1, 2000)) * self._source.rate), self.n_frames - 1)
 
     def _check_length(self) -> None:
         if self.n_frames > self._limits.max_frames:
@@ -246,6 +283,7 @@ class RenderSession:
         Raises CancelledError, OutOfMemoryError when one frame does not fit the GPU, MediaError for a source that turns
         out broken, EncodeError or DiskFullError when the output cannot be written.
         """
+        assert self._output_path is not None, "there is nowhere to write to"
         self._writer = self._stack.enter_context(
             media.VideoWriter(
                 self._output_path,
@@ -285,6 +323,27 @@ class RenderSession:
             line.finish()
             self.generator_s += line.waited_s
         self._preparer.keep()
+
+    def preview(self, time_s: float) -> Preview:
+        """The picture of the output frame shown at `time_s`, instead of `generate` and `finish`.
+
+        That of the whole video but for the rounding of single levels: there it is computed in a batch with others.
+        Raises RequestError when the video is shorter, else as `generate`.
+        """
+        index = self._index_at(time_s)
+        with gpu_errors():
+            record = self._in_speech(self._preparer.output_frame(index), index)
+            parts = self._launch([record], index).parts
+            patches = [(patch, part.is_pasted) for part in parts for patch in part.pending.result()]
+        self._preparer.keep()
+        patch, is_pasted = patches[0] if patches else (None, False)
+        return Preview(
+            self._picture((record, patch, is_pasted)),
+            self._source.colour.matrix,
+            index,
+            float(index / self._source.rate),
+            tuple(self._warnings),
+        )
 
     def _records(self, store: FrameStore) -> Generator[Record, None, None] | BackgroundReader[Record]:
         """The prepared frames in order; with overlap they are prepared in a thread, a batch or two ahead."""
@@ -335,7 +394,11 @@ class RenderSession:
         return _Part(self.models.generator.start(latents, windows, finish), is_pasted)
 
     def _paste_and_encode(self, item: _Item) -> None:
-        """In the encoder's thread: paste into a copy (the record may be shown again), crop or scale, encode."""
+        """In the encoder's thread."""
+        self._writer.write(self._picture(item))
+
+    def _picture(self, item: _Item) -> Planes:
+        """Paste into a copy (the record may be shown again), crop or scale."""
         record, patch, is_pasted = item
         planes, face = record.planes, record.face
         if face is not None and patch is not None:
@@ -346,7 +409,7 @@ class RenderSession:
                 if face.band is not None:
                     patch = match_colours(patch, face.band)
                 paste_planes(planes, face.plan, patch, self._source.colour.matrix)
-        self._writer.write(media.fit_planes(planes, self._plan.crop, (self._plan.width, self._plan.height)))
+        return media.fit_planes(planes, self._plan.crop, (self._plan.width, self._plan.height))
 
     def finish(self) -> RenderSummary:
         """Close and check the file; only then does it get its name. Raises EncodeError if it is wrong."""

@@ -1,5 +1,7 @@
 """Planes and a sound file to one MP4: a single H.264 encode, AAC, right tags, and a name only when it was checked.
 
+A single picture goes to a PNG or JPEG.
+
 Spec media.md 3, items 7 and 8. Knows no model.
 """
 
@@ -20,11 +22,12 @@ from typing import Any
 
 import av
 import av.error
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from errors import DiskFullError, EncodeError, MediaError
-from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour, Planes, black_planes
+from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour, Matrix, Planes, black_planes, planes_to_bgr
 from musetalk.media.limits import MediaLimits
 from musetalk.media.opening import decode, open_container, prepare_decoder
 from musetalk.media.sound import inspect_audio, read_audio_blocks
@@ -33,6 +36,8 @@ from musetalk.media.timing import as_fraction
 # Sound is muxed this far ahead of the picture, so that players never wait for it.
 _AUDIO_LEAD_S = Fraction(1, 2)
 _AAC_FRAME = 1024
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+_JPEG_QUALITY = 95
 _BIT_RATES = {1: 96_000, 2: 160_000}
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
 _SOFTWARE_CODEC, _HARDWARE_CODEC = "libx264", "h264_nvenc"
@@ -408,6 +413,24 @@ class _SoundTrack:
         self._n_encoded += samples.shape[1]
         for packet in self._stream.encode(frame):
             self._container.mux(packet)
+
+
+def write_picture(path: Path, planes: Planes, matrix: Matrix) -> None:
+    """One picture as PNG or JPEG, by the name's suffix; the file appears whole or not at all.
+
+    Raises EncodeError, also for another suffix, or DiskFullError.
+    """
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise EncodeError(f"a picture is one of {', '.join(PICTURE_SUFFIXES)}, not {path.suffix or 'without a suffix'}")
+    bgr = planes_to_bgr(planes, matrix)
+    _, data = cv2.imencode(path.suffix.lower(), bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with encoder_errors():
+            part.write_bytes(data.tobytes())
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def _install() -> None:
     from musetalk.media import VideoWriter
     from telemetry import StageClock
 
-    stage_of, generate, write = StageClock.stage, Generator.generate, VideoWriter.write
+    stage_of, start, write = StageClock.stage, Generator.start, VideoWriter.write
 
     @contextmanager
     def stage(self: StageClock, name: Any) -> Iterator[None]:
@@ -49,7 +49,7 @@ def _install() -> None:
                     time.sleep(0.02)
             yield
 
-    def faulty_generate(self: Generator, latents: Any, windows: Any) -> Any:
+    def faulty_start(self: Generator, *given: Any) -> Any:
         if _take("fail-lost"):
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nsecret detail of the driver")
         if _take("fail-memory-once"):
@@ -61,7 +61,7 @@ def _install() -> None:
         if (_folder / "slow").exists():
             (_folder / "generating").touch()
             time.sleep(0.2)
-        return generate(self, latents, windows)
+        return start(self, *given)
 
     def faulty_write(self: VideoWriter, planes: Any) -> None:
         if _take("fail-disk"):
@@ -69,7 +69,7 @@ def _install() -> None:
         write(self, planes)
 
     StageClock.stage = stage  # type: ignore[method-assign]
-    Generator.generate = faulty_generate  # type: ignore[method-assign]
+    Generator.start = faulty_start  # type: ignore[method-assign]
     VideoWriter.write = faulty_write  # type: ignore[method-assign]
 
 
