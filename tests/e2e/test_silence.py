@@ -164,7 +164,7 @@ def spoken() -> NDArray[np.float32]:
 def muttered() -> NDArray[np.float32]:
     """Somebody else's speech, from far away: just below the floor."""
     part = spoken()[8_000:88_000]
-    return part * np.float32(10 ** ((FLOOR_DBFS - 0.3 - levels_dbfs(part).max()) / 20))
+    return np.asarray(part * np.float32(10 ** ((FLOOR_DBFS - 0.3 - levels_dbfs(part).max()) / 20)), np.float32)
 
 
 def spoken_with_a_pause() -> NDArray[np.float32]:

@@ -69,7 +69,7 @@ def _install() -> None:
         write(self, planes)
 
     StageClock.stage = stage  # type: ignore[method-assign]
-    Generator.start = faulty_start  # type: ignore[method-assign]
+    Generator.start = faulty_start  # type: ignore[method-assign, assignment]
     VideoWriter.write = faulty_write  # type: ignore[method-assign]
 
 
