@@ -333,7 +333,7 @@ def _joint_problems(values: Mapping[str, Any]) -> Iterable[str]:
 
 def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> None:
     """Fill in what depends on the machine: folders are taken from the project's root, names from the host."""
-    for name in ("models_dir", "output_dir", "work_dir", "unet_path", "unet_config_path"):
+    for name in ("models_dir", "output_dir", "work_dir", "avatar_dir", "unet_path", "unet_config_path"):
         if values[name] is not None:
             values[name] = (ROOT / values[name]).resolve()
     warnings: list[str] = []

@@ -127,3 +127,10 @@ def test_the_default_host_means_every_address_of_either_family(tmp_path: Path) -
         assert bind_addresses("::", 8000, ipv6_only_file=only) == ["0.0.0.0:8000", "[::]:8000"]
     assert bind_addresses("127.0.0.1", 80) == ["127.0.0.1:80"]
     assert bind_addresses("::1", 80) == ["[::1]:80"]
+
+
+def test_folders_do_not_depend_on_where_the_worker_was_started() -> None:
+    """Seen as a second cache of prepared sources in the folder of whoever started the worker."""
+    settings = load_settings({}, env_file=None)
+    for folder in (settings.models_dir, settings.output_dir, settings.work_dir, settings.avatar_dir):
+        assert folder.is_absolute()
