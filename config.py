@@ -124,7 +124,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("MUSETALK_UNET_CONFIG", "unet_config_path", _path, "Another UNet configuration file than the layout's."),
     Variable("MUSETALK_DEVICE", "device", _choice("auto", "cpu", "cuda"), "Where the networks run; `auto` takes the GPU when there is one.", "auto"),
     Variable("MUSETALK_DTYPE", "dtype", _choice("auto", "float32", "float16", "bfloat16"), "Precision of the networks; `auto` is float16 on a GPU with tensor cores, bfloat16 on a CPU with instructions for it, else float32.", "auto"),
-    Variable("MUSETALK_ACCELERATION", "acceleration", _choice("none", "graphs", "compile"), "`graphs` captures the networks as CUDA graphs, `compile` runs torch's compiler (minutes at start).", "none"),
+    Variable("MUSETALK_ACCELERATION", "acceleration", _choice("none", "graphs", "compile"), "On a GPU: `graphs` captures the networks as CUDA graphs, `compile` runs torch's compiler (minutes at start).", "none"),
     Variable("DEVICE_PIXELS", "device_pixels", _choice("auto", "0", "1"), "1 cuts and pastes faces with tensor operations where the networks run; `auto` does on a GPU.", "auto"),
     Variable("MUSETALK_CPU_THREADS", "cpu_threads", _whole(0, 256), "Threads of tensor work on the CPU; 0 chooses one on a GPU, all cores without.", "0"),
     Variable("MIN_GPU_MEMORY_MB", "min_gpu_memory_mb", _whole(0, 10_000_000), "GPU memory that must be free at start; 0 does not check.", "4096"),

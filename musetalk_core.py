@@ -225,7 +225,6 @@ class Core:
                 **build,
                 "dtype": str(models.dtype),
                 "dtype_reason": reason,
-                "acceleration": settings.acceleration,
                 "load_s": round(loaded - started, 2),
                 "warm_up_s": round(time.monotonic() - loaded, 2),
             },

@@ -177,6 +177,8 @@ def main() -> None:
     batches = [int(part) for part in (given.batches or ("1,4,8,16,32" if on_gpu else "1,4,8")).split(",")]
     dtypes = (given.dtypes or ("float32,float16,bfloat16" if on_gpu else "float32,bfloat16")).split(",")
     forms = (given.accelerations or ("none,graphs" if on_gpu else "none")).split(",")
+    if not on_gpu and forms != ["none"]:
+        raise SystemExit("--accelerations: on a CPU there is only the plain form, none")
     rates: list[Rate] = []
     peaks: dict[str, float] = {}
     facts: dict[str, Any] = {"machine": machine(device), "model": given.model}

@@ -22,12 +22,15 @@ _WARM_UP_ROUNDS = 3
 
 
 def accelerator(kind: Acceleration, latents: Tensor, windows: Tensor) -> Callable[[Step], Step] | None:
-    """What makes a step of these two shapes faster, on the device they lie on; None for the plain step."""
-    if kind == "graphs" and latents.device.type == "cuda":
+    """What makes a step of these two shapes faster, on the device they lie on; None for the plain step.
+
+    Always None on a CPU: chunks are of any size there, and a step for one shape would never be taken.
+    """
+    if kind == "none" or latents.device.type != "cuda":
+        return None
+    if kind == "graphs":
         return lambda step: _captured(step, latents, windows)
-    if kind == "compile":
-        return lambda step: _compiled(step, latents, windows)
-    return None
+    return lambda step: _compiled(step, latents, windows)
 
 
 @torch.inference_mode()

@@ -53,14 +53,14 @@ def warm_up(models: Models, batch_size: int, acceleration: Acceleration = "none"
         if on_gpu:
             models.generator.decode_batch = _decode_batch(models, batches.size)
             models.generator.fixed_batch = batches.size
-        if on_gpu or acceleration == "compile":
             _accelerate(models, batches.size, acceleration, windows)
-        if on_gpu:
             batches.run(chunk, batches.size)
             torch.cuda.synchronize(models.device)
             # What loading and trying out took is given back.
             gc.collect()
             torch.cuda.empty_cache()
+        elif acceleration != "none":
+            logger.warning("the networks are not accelerated: that is for GPUs", extra={"wanted": acceleration})
     return batches.size if on_gpu else batch_size
 
 

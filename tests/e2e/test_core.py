@@ -12,6 +12,7 @@ import torch
 
 from errors import DiskFullError, JobCancelledError, UnavailableError
 from jobs import parse_job
+from musetalk.acceleration import accelerator
 from musetalk.generator import Generator
 from musetalk.warming import warm_up
 from musetalk_core import Core
@@ -100,3 +101,16 @@ def test_warming_up_runs_the_chain_and_finds_broken_weights(core: Core, monkeypa
     assert warm_up(models, 8) == 8
     # One frame proves the chain where nothing is compiled for a shape.
     assert seen == [1]
+
+
+@pytest.mark.parametrize("wanted", ["graphs", "compile"])
+def test_a_cpu_compiles_nothing_that_no_job_would_take(core: Core, wanted: Any, caplog: Any) -> None:
+    models = core._models
+    assert models is not None
+    generator = models.generator
+    latents = torch.zeros(1, *generator.latent_shape)
+    windows = torch.zeros(1, 10 * models.audio.n_layers, models.audio.d_model)
+    assert accelerator(wanted, latents, windows) is None
+    warm_up(models, 2, wanted)
+    assert generator._whole_step == generator._step
+    assert "not accelerated" in caplog.text
