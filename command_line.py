@@ -15,9 +15,6 @@ from musetalk_core import Core, Rendered
 from telemetry import configure_logging
 from weights_command import watching
 
-# What a preview can be written as.
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
-
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Lip-sync SOURCE (video or still) to AUDIO and write the MP4 OUTPUT.")
@@ -40,9 +37,17 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--aspect-ratio", help="crop around the face to a:b")
     parser.add_argument("--resolution", help="Np (short side) or WxH")
     given = parser.parse_args(arguments)
-    if given.preview is not None and given.output.suffix.lower() not in PICTURE_SUFFIXES:
-        parser.error(f"with --preview OUTPUT ends in {', '.join(PICTURE_SUFFIXES)}")
+    if given.preview is not None:
+        _check_picture_name(parser, given.output)
     return given
+
+
+def _check_picture_name(parser: argparse.ArgumentParser, output: Path) -> None:
+    """Before minutes of work rather than after; the import takes a moment that only a preview spends."""
+    from musetalk.media import PICTURE_SUFFIXES
+
+    if output.suffix.lower() not in PICTURE_SUFFIXES:
+        parser.error(f"with --preview OUTPUT ends in {', '.join(PICTURE_SUFFIXES)}")
 
 
 def _params_from(pairs: Sequence[str]) -> JobParams:

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "config", "jobs", "downloads", "storage", "telemetry", "musetalk"),
         *("fitness", "job_control", "command_line"),
     },
-    "command_line": {"errors", "config", "jobs", "telemetry", "musetalk_core", "weights_command"},
+    "command_line": {"errors", "config", "jobs", "telemetry", "musetalk_core", "musetalk", "weights_command"},
     # Of the model only its version.
     "app": {
         *("errors", "config", "jobs", "telemetry", "musetalk_core", "orchestrator", "openapi", "musetalk"),

@@ -11,9 +11,17 @@ from musetalk.media.probe import inspect_source, probe_audio, probe_source
 from musetalk.media.reading import SourceFrame, read_source
 from musetalk.media.scaling import fit_planes
 from musetalk.media.sound import inspect_audio, read_audio_blocks, read_waveform
-from musetalk.media.writing import EncoderSettings, OutputInfo, VideoWriter, choose_encoder, write_picture
+from musetalk.media.writing import (
+    PICTURE_SUFFIXES,
+    EncoderSettings,
+    OutputInfo,
+    VideoWriter,
+    choose_encoder,
+    write_picture,
+)
 
 __all__ = [
+    "PICTURE_SUFFIXES",
     "AudioInfo",
     "EncoderSettings",
     "MediaLimits",
