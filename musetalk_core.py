@@ -55,6 +55,8 @@ OnProgress = Callable[[Stage, int, int], None]
 ShouldStop = Callable[[], bool]
 
 WORK_PREFIX = "job-"
+# A line in the log every so many percent of fetched weights.
+_LOG_PERCENT = 5
 # The small model that comes with the project.
 DEMO_MODELS = ROOT / "demo/models"
 # A queue that lost our answer sends the same job again within minutes; its result is kept so long.
@@ -272,19 +274,17 @@ class Core:
     def _fetch_weights(self, version: ModelVersion) -> None:
         """Fetch into the models folder, told in the log and in the readiness; raises WeightsError."""
         from musetalk import manifest
-        from musetalk.fetching import Watcher, fetch
+        from musetalk.fetching import Watcher, every, fetch
 
         settings = self.settings
-        watcher = self.fetch_watcher or Watcher(logger.info, _percent_lines())
+        watcher = self.fetch_watcher or Watcher(logger.info, every(_LOG_PERCENT, _log_fetched))
 
         def show(progress: Progress) -> None:
             self._start = f"fetching the weights: {progress.percent} %"
             watcher.on_progress(progress)
 
         self._start = "fetching the weights: 0 %"
-        files = manifest.MANIFEST
-        if settings.s3fd_url:
-            files = manifest.with_s3fd_url(files, settings.s3fd_url)
+        files = manifest.with_s3fd_url(manifest.MANIFEST, settings.s3fd_url)
         started = time.monotonic()
         fetch(settings.models_dir, version, manifest=files, watcher=Watcher(watcher.say, show))
         self._start = "the models are loading"
@@ -752,20 +752,9 @@ def clean_work_dir(work_dir: Path) -> int:
     return len(stale)
 
 
-def _percent_lines() -> Callable[[Progress], None]:
-    """A log line every five percent."""
-    told = 0
-
-    def show(progress: Progress) -> None:
-        nonlocal told
-        if progress.percent >= told + 5:
-            told = progress.percent
-            logger.info(
-                "fetching the weights",
-                extra={"percent": told, "file": progress.name, "bytes": progress.n_done, "of": progress.n_total},
-            )
-
-    return show
+def _log_fetched(progress: Progress) -> None:
+    facts = {"percent": progress.percent, "file": progress.name, "bytes": progress.n_done, "of": progress.n_total}
+    logger.info("fetching the weights", extra=facts)
 
 
 _shared: Core | None = None

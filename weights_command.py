@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -15,7 +15,7 @@ from typing import NoReturn
 from config import Settings, load_settings
 from errors import MuseTalkError
 from musetalk import manifest
-from musetalk.fetching import Progress, Watcher, fetch
+from musetalk.fetching import Progress, Watcher, every, fetch
 from musetalk.manifest import ModelVersion
 
 # Without a terminal, a line every so many percent.
@@ -63,7 +63,7 @@ def _say(text: str) -> None:
 def watching() -> Iterator[Watcher]:
     """A bar over all files on a terminal, from the first byte on; lines of text elsewhere."""
     if not sys.stderr.isatty():
-        yield Watcher(_say, _lines())
+        yield Watcher(_say, every(_STEP_PERCENT, lambda now: _say(f"{now.percent} % ({now.name})")))
         return
     from tqdm import tqdm
 
@@ -81,27 +81,12 @@ def watching() -> Iterator[Watcher]:
         yield Watcher(lambda text: tqdm.write(text, file=sys.stderr), show)
 
 
-def _lines() -> Callable[[Progress], None]:
-    told = 0
-
-    def show(progress: Progress) -> None:
-        nonlocal told
-        if progress.percent >= told + _STEP_PERCENT:
-            told = progress.percent
-            _say(f"{progress.percent} % ({progress.name})")
-
-    return show
-
-
 def _fetch(given: argparse.Namespace, settings: Settings) -> int:
-    files = manifest.MANIFEST
-    if settings.s3fd_url:
-        files = manifest.with_s3fd_url(files, settings.s3fd_url)
     with watching() as watcher:
         fetched = fetch(
             given.models_dir,
             given.version,
-            manifest=files,
+            manifest=manifest.with_s3fd_url(manifest.MANIFEST, settings.s3fd_url),
             watcher=watcher,
             room_for_conversion=given.convert,
         )

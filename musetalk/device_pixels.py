@@ -59,7 +59,7 @@ def _lanczos_taps(n_in: int, n_out: int) -> _Taps:
 
 
 def _stack_taps(
-    taps: Sequence[tuple[NDArray[np.int64], NDArray[np.int32]]],
+    taps: Sequence[_Taps],
     offsets: Sequence[int],
     n_out: int,
     device: torch.device,

@@ -69,6 +69,19 @@ class Progress:
         return self.n_done * 100 // self.n_total if self.n_total else 0
 
 
+def every(n_percent: int, tell: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """What calls `tell` once per so many percent of a fetch, for those who want lines and not a bar."""
+    told = 0
+
+    def show(progress: Progress) -> None:
+        nonlocal told
+        if progress.percent >= told + n_percent:
+            told = progress.percent
+            tell(progress)
+
+    return show
+
+
 def _tell_nobody(_told: object) -> None:
     """News nobody asked for."""
 

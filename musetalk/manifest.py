@@ -193,7 +193,9 @@ def wanted(manifest: Sequence[WeightFile], version: ModelVersion) -> list[Weight
 
 
 def with_s3fd_url(manifest: Sequence[WeightFile], url: str) -> tuple[WeightFile, ...]:
-    """The manifest with another address for the one file that the hub does not hold."""
+    """The manifest with another address for the one file that the hub does not hold; as it is when `url` is empty."""
+    if not url:
+        return tuple(manifest)
     return tuple(replace(entry, url=url) if entry.name == S3FD else entry for entry in manifest)
 
 

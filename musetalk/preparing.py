@@ -5,6 +5,7 @@ Knows how one source frame is prepared and in which order output frames show it;
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from errors import CancelledError, NoFaceError, OutOfMemoryError
 from musetalk import media
-from musetalk.avatars import Arena, Avatar, AvatarCache, PreparedFace, Tier, avatar_key, file_digest
+from musetalk.avatars import Arena, Avatar, AvatarCache, PreparedFace, avatar_key, file_digest
 from musetalk.blending import PastePlan, blend_mask, colour_band, crop_for_parsing, face_mask
 from musetalk.device_pixels import crop_patches
 from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes, smoothing_reach
@@ -29,6 +30,8 @@ from musetalk.geometry import Box, blend_box, source_index
 from musetalk.models import Models
 from musetalk.options import RenderOptions
 from musetalk.streaming import BackgroundReader
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -117,7 +120,6 @@ class SourcePreparer:
         # Its own stream: waiting for latents then does not wait for frames that are being generated.
         on_gpu = options.overlap and models.device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(models.device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self.kept_in: Tier | None = None
         self._kept = Avatar()
         self._fresh: dict[int, PreparedFace] = {}
         self._fresh_bytes = 0
@@ -125,7 +127,8 @@ class SourcePreparer:
         if self._avatars is not None:
             self._key = avatar_key(file_digest(path), models.fingerprint, self._choices())
             if (hit := self._avatars.get(self._key)) is not None:
-                self._kept, self.kept_in = hit
+                self._kept, tier = hit
+                logger.info("this source was prepared before", extra={"kept_in": tier})
         self._fixed = None if options.face_box is None else fixed_face(options.face_box, info.width, info.height)
         self._faces: list[Face | None] | None = None
         self._found: tuple[Face | None, ...] = ()
