@@ -73,9 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         params = _params_from(given.param)
         settings = load_settings()
-        core = Core(settings)
         print(f"loading the models from {settings.models_dir}", file=sys.stderr)
-        with watching() as core.fetch_watcher:
+        with watching() as watcher:
+            core = Core(settings, fetch_watcher=watcher)
             core.load()
         if given.preview is None:
             _print_summary(given.output, _render(core, given, params))

@@ -10,6 +10,7 @@ credentials of the environment are not used. Signed addresses appear in no log a
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
 import hashlib
 import logging
@@ -22,7 +23,8 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -129,6 +131,33 @@ def fetch(
     except _TimeUpError:
         text = f"the {kind} could not be fetched: it did not arrive within {settings.total_timeout_s:g} s"
         raise DownloadError(text, url=redact_url(url), transient=True) from None
+
+
+def fetch_together(
+    wanted: Sequence[tuple[str, Path, Kind]], settings: DownloadSettings, should_stop: Callable[[], bool]
+) -> list[FetchedFile]:
+    """`fetch` for several files at the same time, each (url, destination, kind); raises as `fetch`.
+
+    The first that fails stops the others; when several fail, the error of the first named is raised.
+    """
+    failed = threading.Event()
+
+    def bring(one: tuple[str, Path, Kind]) -> FetchedFile:
+        url, destination, kind = one
+        try:
+            return fetch(url, destination, settings, kind=kind, should_stop=lambda: should_stop() or failed.is_set())
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(len(wanted), thread_name_prefix="download") as pool:
+        # Each with a copy of the context, which the job's id in the logs comes from.
+        parts = [pool.submit(contextvars.copy_context().run, bring, one) for one in wanted]
+    errors = [error for part in parts if (error := part.exception()) is not None]
+    if errors:
+        # One that was stopped because of another has nothing to tell.
+        raise next((error for error in errors if not isinstance(error, CancelledError)), errors[0])
+    return [part.result() for part in parts]
 
 
 class _TimeUpError(Exception):

@@ -1,4 +1,4 @@
-"""The core: keeps the models loaded, owns the right to use the GPU, and knows the order of a job's stages.
+"""The core: keeps the engine loaded, owns the right to use the GPU, and knows the order of a job's stages.
 
 Both front doors (HTTP and the poller) call `Core.run_job`; people call `python musetalk_core.py SOURCE AUDIO OUTPUT`,
 which is `command_line.main`.
@@ -7,7 +7,6 @@ Knows no JSON keys, no tensor operation, no picture.
 
 from __future__ import annotations
 
-import contextvars
 import errno
 import shutil
 import sys
@@ -16,15 +15,15 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from config import ROOT, Settings, load_settings
-from downloads import MIN_MEDIA_BYTES, DownloadSettings, fetch
+from config import Settings, load_settings
+from downloads import MIN_MEDIA_BYTES, DownloadSettings, fetch_together
+from engine import Engine, EngineLoader
 from errors import (
     CancelledError,
     DiskFullError,
@@ -33,32 +32,24 @@ from errors import (
     MuseTalkError,
     ProcessingError,
     UnavailableError,
-    WeightsError,
 )
-from fitness import check_room, folder_problem, has_gpu_hardware, release_memory
+from fitness import check_room, release_memory
 from job_control import JobControl, StopReason
 from jobs import Job, JobParams, JobResult, Stage, sidecar_body
 from storage import B2Settings, LocalStoreSettings, Store, open_store
 from telemetry import Metrics, StageClock, configure_logging, job_logging, keep_secret, logger, peak_memory_kb
 
 if TYPE_CHECKING:
-    from musetalk.avatars import AvatarCache
-    from musetalk.fetching import Progress, Watcher
-    from musetalk.media import EncoderSettings, MediaLimits
-    from musetalk.models import Models
+    from musetalk.fetching import Watcher
     from musetalk.options import RenderOptions
-    from musetalk.render import Preview, RenderSession, RenderSummary
-    from musetalk.weights import ModelVersion
+    from musetalk.render import Preview, RenderSummary
 
 State = Literal["starting", "ready", "busy", "failed", "draining"]
 OnProgress = Callable[[Stage, int, int], None]
 ShouldStop = Callable[[], bool]
 
 WORK_PREFIX = "job-"
-# A line in the log every so many percent of fetched weights.
-_LOG_PERCENT = 5
-# The small model that comes with the project.
-DEMO_MODELS = ROOT / "demo/models"
+_BUSY = "the worker is busy with another job"
 # A queue that lost our answer sends the same job again within minutes; its result is kept so long.
 KEPT_RESULTS = 50
 KEPT_RESULTS_S = 3600.0
@@ -126,22 +117,20 @@ class _Run:
 class Core:
     """One process's models and its one slot."""
 
-    def __init__(self, settings: Settings, *, store: Store | None = None) -> None:
-        """Does not load anything: `load` does, or `start_loading` in a thread of its own."""
+    def __init__(self, settings: Settings, *, store: Store | None = None, fetch_watcher: Watcher | None = None) -> None:
+        """Does not load anything: `load` does, or `start_loading` in a thread of its own.
+
+        `fetch_watcher` sees a fetch of weights come in; the log does where there is none.
+        """
         self.settings = settings
         self.metrics = Metrics()
         # Called once when only a new process can go on; whoever serves the core ends the process.
         self.on_lost: Callable[[str], None] | None = None
-        # Who sees a fetch of weights come in; the log, unless a person waits at a terminal.
-        self.fetch_watcher: Watcher | None = None
         self._store = store or _open_store(settings)
         self._slot = threading.Lock()
-        self._models: Models | None = None
-        self._encoder: EncoderSettings | None = None
-        self._avatars: AvatarCache | None = None
-        self._batch_size = settings.batch_size
+        self._engine: Engine | None = None
+        self._loader = EngineLoader(settings, self.metrics, watcher=fetch_watcher)
         self._failure: str | None = None
-        self._start = "the models are loading"
         self._is_lost = threading.Lock()
         # A plain flag: it is set by a signal's handler, where taking a lock may never return.
         self._is_draining = False
@@ -163,154 +152,23 @@ class Core:
         not ready.
         """
         try:
-            self._check_machine()
-            models = self._load_models()
-            self._encoder = self._choose_encoder(models)
-            self._avatars = self._open_avatars()
+            self.use(self._loader.load())
         except Exception as error:
             self._failure = str(error)
             raise
-        self._models = models
         # Weights pass through the CPU on their way to the GPU, and in the file's precision on their way to ours.
         release_memory()
 
-    def _check_machine(self) -> None:
-        settings = self.settings
-        folders = [(settings.work_dir, "WORK_DIR")]
-        if not settings.uses_b2:
-            folders.append((settings.output_dir, "OUTPUT_DIR"))
-        for folder, name in folders:
-            if (problem := folder_problem(folder, name, settings.min_free_disk_mb)) is not None:
-                raise ProcessingError(problem)
+    def use(self, engine: Engine) -> None:
+        """Run jobs on `engine` from now on."""
+        self._engine = engine
 
-    def _load_models(self) -> Models:
-        from musetalk import __version__, devices
-        from musetalk.models import load_models
-        from musetalk.warming import warm_up
-
-        settings = self.settings
-        device = devices.choose_device(settings.device)
-        if device.type == "cpu" and settings.device == "auto" and has_gpu_hardware():
-            raise WeightsError(
-                "this machine has an NVIDIA card that torch cannot use (driver too old for this build of torch?); "
-                "MUSETALK_DEVICE=cpu would run without it"
-            )
-        devices.configure_threads(settings.cpu_threads, device)
-        if device.type == "cuda":
-            facts = devices.gpu_facts(device)
-            logger.info("gpu", extra={"gpu": facts.name, "free_mib": facts.free_mib, "total_mib": facts.total_mib})
-            if (problem := devices.gpu_problem(facts, settings.min_gpu_memory_mb)) is not None:
-                raise ProcessingError(problem)
-        devices.try_out(device)
-        # After the device: gigabytes are not fetched for a card that cannot be used.
-        version, models_dir = self._choose_model()
-        dtype, reason = devices.choose_dtype(settings.dtype, device)
-        started = time.monotonic()
-        models = load_models(
-            models_dir,
-            version,
-            device=device,
-            dtype=dtype,
-            unet_path=settings.unet_path,
-            unet_config_path=settings.unet_config_path,
-        )
-        loaded = time.monotonic()
-        self._batch_size = warm_up(models, settings.batch_size, settings.acceleration)
-        if self._batch_size != settings.batch_size:
-            logger.warning("the batch does not fit the GPU", extra={"batch_size": self._batch_size})
-        build = {"version": __version__, "model": version, "device": str(device), "torch": devices.torch_version()}
-        self.metrics.built(**build)
-        self.metrics.read_gpu_memory(lambda: devices.memory_bytes(device))
-        logger.info(
-            "models loaded",
-            extra={
-                **build,
-                "dtype": str(models.dtype),
-                "dtype_reason": reason,
-                "load_s": round(loaded - started, 2),
-                "warm_up_s": round(time.monotonic() - loaded, 2),
-            },
-        )
-        return models
-
-    def _choose_model(self) -> tuple[ModelVersion, Path]:
-        """Which weights, and where they lie; missing ones are fetched where that is wanted. Raises WeightsError."""
-        from musetalk.models import find_version
-        from musetalk.weights import locate
-
-        settings = self.settings
-        if settings.model == "demo":
-            return "demo", DEMO_MODELS
-        version: Any = "v15" if settings.model == "auto" else settings.model
-        may_fetch = self._may_fetch()
-        try:
-            if settings.model == "auto":
-                # Where the real model is to be had, the demo does not quietly stand for it.
-                version, models_dir = find_version(settings.models_dir, None if may_fetch else DEMO_MODELS)
-            else:
-                locate(settings.models_dir, version)
-                models_dir = settings.models_dir
-        except WeightsError as error:
-            if not may_fetch:
-                raise
-            logger.info("weights are missing and will be fetched", extra={"missing": error.details.get("missing")})
-            self._fetch_weights(version)
-            return version, settings.models_dir
-        if version == "demo":
-            logger.warning(
-                "NO OFFICIAL WEIGHTS FOUND: the small demo model runs; it is made for the demo portrait, not for real "
-                "faces (MUSETALK_MODEL=v15 refuses to start instead)",
-                extra={"models_dir": str(settings.models_dir)},
-            )
-        return version, models_dir
-
-    def _may_fetch(self) -> bool:
-        """Whether this worker brings weights it lacks: told to, or run on a GPU, which nobody rents for the demo."""
-        settings = self.settings
-        if settings.fetch_weights == "auto":
-            return settings.device != "cpu" and has_gpu_hardware()
-        return settings.fetch_weights == "1"
-
-    def _fetch_weights(self, version: ModelVersion) -> None:
-        """Fetch into the models folder, told in the log and in the readiness; raises WeightsError."""
-        from musetalk import manifest
-        from musetalk.fetching import Watcher, every, fetch
-
-        settings = self.settings
-        watcher = self.fetch_watcher or Watcher(logger.info, every(_LOG_PERCENT, _log_fetched))
-
-        def show(progress: Progress) -> None:
-            self._start = f"fetching the weights: {progress.percent} %"
-            watcher.on_progress(progress)
-
-        self._start = "fetching the weights: 0 %"
-        files = manifest.with_s3fd_url(manifest.MANIFEST, settings.s3fd_url)
-        started = time.monotonic()
-        fetch(settings.models_dir, version, manifest=files, watcher=Watcher(watcher.say, show))
-        self._start = "the models are loading"
-        logger.info("weights fetched", extra={"fetch_s": round(time.monotonic() - started, 1)})
-
-    def _choose_encoder(self, models: Models) -> EncoderSettings:
-        from musetalk import media
-
-        settings = self.settings
-        is_cpu = models.device.type == "cpu"
-        preferred = "libx264" if settings.video_encoder == "auto" and is_cpu else settings.video_encoder
-        encoder, reason = media.choose_encoder(preferred)
-        if reason:
-            logger.info("encoder chosen", extra={"encoder": encoder.codec, "reason": reason})
-        return replace(encoder, preset=settings.video_preset, crf=settings.video_crf)
-
-    def _open_avatars(self) -> AvatarCache | None:
-        from musetalk.avatars import AvatarCache
-
-        settings = self.settings
-        if not settings.avatar_memory_mb and not settings.avatar_disk_mb:
-            return None
-        mib = 2**20
-        return AvatarCache(
-            settings.avatar_dir, memory_bytes=settings.avatar_memory_mb * mib, disk_bytes=settings.avatar_disk_mb * mib
-        )
+    @property
+    def engine(self) -> Engine:
+        """What is loaded; raises UnavailableError before."""
+        if self._engine is None:
+            raise UnavailableError(self._loader.state, state="starting")
+        return self._engine
 
     def start_loading(self) -> threading.Thread:
         """`load` in a thread, so that the server can say "starting" meanwhile; a failure is logged and kept."""
@@ -386,11 +244,11 @@ class Core:
         control = self._control
         if control is not None and control.is_stuck:
             self.lose("the running job hangs and cannot be stopped")
-        model = self._models.version if self._models else None
+        model = self._engine.models.version if self._engine else None
         if self._failure is not None:
             return Readiness("failed", model, self._failure)
-        if self._models is None:
-            return Readiness("starting", model, self._start)
+        if self._engine is None:
+            return Readiness("starting", model, self._loader.state)
         if self._is_draining:
             return Readiness("draining", model, "the worker is shutting down")
         for problem in self._watched:
@@ -402,23 +260,22 @@ class Core:
         """Raises UnavailableError when a job could not be taken right now; takes nothing itself."""
         readiness = self.readiness
         if readiness.state != "ready":
-            self.metrics.rejected()
-            reason = "the worker is busy with another job" if readiness.state == "busy" else readiness.reason
-            raise UnavailableError(reason or "the worker is not ready", state=readiness.state)
+            reason = _BUSY if readiness.state == "busy" else readiness.reason
+            raise self._rejection(reason or "the worker is not ready", readiness.state)
+
+    def _rejection(self, reason: str, state: State) -> UnavailableError:
+        self.metrics.rejected()
+        return UnavailableError(reason, state=state)
 
     @contextmanager
-    def _holding_slot(self) -> Iterator[Models]:
+    def _holding_slot(self) -> Iterator[Engine]:
         """The right to use the GPU, at once or not at all; raises UnavailableError."""
-        readiness = self.readiness
-        models = self._models
-        if models is None or not readiness.is_healthy:
-            self.metrics.rejected()
-            raise UnavailableError(readiness.reason or "the worker is not ready", state=readiness.state)
+        # Looked at first for its reason; the lock is what decides.
+        self.check_free()
         if not self._slot.acquire(blocking=False):
-            self.metrics.rejected()
-            raise UnavailableError("the worker is busy with another job", state="busy")
+            raise self._rejection(_BUSY, "busy")
         try:
-            yield models
+            yield self.engine
         finally:
             self._slot.release()
 
@@ -440,13 +297,13 @@ class Core:
 
         Raises UnavailableError when the slot is taken, MediaError for bad input, ProcessingError otherwise.
         """
-        with self._holding_slot() as models:
+        with self._holding_slot() as engine:
             control = self._control_of()
             run = _Run(StageClock(), control, on_progress)
             with self._under(run, should_stop) as stop:
-                options = self._options(models, params or JobParams(), aspect_ratio, resolution)
-                summary = self._render(models, source, audio, output, options, run, stop)
-            return Rendered(summary, run.clock, models.version)
+                options = engine.options(params or JobParams(), aspect_ratio, resolution)
+                summary = self._render(engine, source, audio, output, options, run, stop)
+            return Rendered(summary, run.clock, engine.models.version)
 
     def preview(
         self,
@@ -464,11 +321,11 @@ class Core:
 
         Raises as `render`, and RequestError when the video ends before.
         """
-        with self._holding_slot() as models:
+        with self._holding_slot() as engine:
             run = _Run(StageClock(), self._control_of(), on_progress)
             with self._under(run, should_stop) as stop:
-                options = self._options(models, params or JobParams(), aspect_ratio, resolution)
-                with self._session(models, source, audio, None, options) as session:
+                options = engine.options(params or JobParams(), aspect_ratio, resolution)
+                with engine.session(source, audio, None, options) as session:
                     with run.stage("validation"):
                         session.probe()
                     with run.stage("preprocessing"):
@@ -485,14 +342,14 @@ class Core:
         Raises UnavailableError at once when the slot is taken, otherwise as `render`, DownloadError and StorageError;
         every error carries its stage and the stage times so far.
         """
-        with self._holding_slot() as models, job_logging(job.job_id):
+        with self._holding_slot() as engine, job_logging(job.job_id):
             if (kept := self._kept_result(job)) is not None:
                 logger.info("the job was done here before; its result is told again")
                 return kept
             run = _Run(StageClock(), self._control_of(job), self._told_progress(on_progress))
             try:
                 with self._under(run, should_stop) as stop, self._work_folder() as folder:
-                    result = self._run_stages(models, job, folder, run, stop)
+                    result = self._run_stages(engine, job, folder, run, stop)
             except BaseException as error:
                 self.metrics.ended(run.clock, error)
                 _log_end(run.clock, error)
@@ -508,35 +365,13 @@ class Core:
             return result
 
     def _bring(self, job: Job, source: Path, audio: Path, should_stop: ShouldStop) -> dict[str, int]:
-        """Both files of a job, fetched at the same time where they are not here; their bytes by the request's field.
-
-        The error of the source comes first when both fail; one that fails stops the other.
-        """
+        """Both files of a job, fetched where they are not here; their bytes by the request's field."""
         if job.files is not None:
             return {"source": source.stat().st_size, "audio": audio.stat().st_size}
-        settings = self._download_settings()
-        failed = threading.Event()
-
-        def bring(url: str, path: Path, kind: Any) -> int:
-            try:
-                return fetch(
-                    url, path, settings, kind=kind, should_stop=lambda: should_stop() or failed.is_set()
-                ).n_bytes
-            except BaseException:
-                failed.set()
-                raise
-
-        with ThreadPoolExecutor(2, thread_name_prefix="download") as pool:
-            # Each with a copy of the context, which the job's id in the logs comes from.
-            parts = [
-                pool.submit(contextvars.copy_context().run, bring, url, path, kind)
-                for url, path, kind in ((job.video_url, source, "video"), (job.audio_url, audio, "audio"))
-            ]
-        errors = [error for part in parts if (error := part.exception()) is not None]
-        if errors:
-            # The one that was stopped because of the other has nothing to tell.
-            raise next((error for error in errors if not isinstance(error, CancelledError)), errors[0])
-        return {"video_url": parts[0].result(), "audio_url": parts[1].result()}
+        video, sound = fetch_together(
+            [(job.video_url, source, "video"), (job.audio_url, audio, "audio")], self._download_settings(), should_stop
+        )
+        return {"video_url": video.n_bytes, "audio_url": sound.n_bytes}
 
     def _kept_result(self, job: Job) -> JobResult | None:
         """The result of this very job, when its queue sends it again; a job without a queue's id is always run."""
@@ -571,13 +406,12 @@ class Core:
         finally:
             self._control = self._progress = None
 
-    def _run_stages(self, models: Models, job: Job, folder: Path, run: _Run, should_stop: ShouldStop) -> JobResult:
+    def _run_stages(self, engine: Engine, job: Job, folder: Path, run: _Run, should_stop: ShouldStop) -> JobResult:
         from musetalk.devices import peak_memory_mib, reset_peak_memory
 
-        settings = self.settings
+        settings, models = self.settings, engine.models
         wants_geometry = settings.output_geometry == "request"
-        options = self._options(
-            models,
+        options = engine.options(
             job.params,
             job.aspect_ratio if wants_geometry else None,
             job.resolution if wants_geometry else None,
@@ -593,7 +427,7 @@ class Core:
             for name, n_bytes in sizes.items():
                 if n_bytes < MIN_MEDIA_BYTES:
                     raise MediaError(f"the file of {name} has only {n_bytes} bytes", field=name, bytes=n_bytes)
-        summary = self._render(models, source, audio, output, options, run, should_stop)
+        summary = self._render(engine, source, audio, output, options, run, should_stop)
         video = _video_facts(summary)
         peak_gpu, peak_ram = peak_memory_mib(models.device), peak_memory_kb()
         with run.stage("upload"):
@@ -631,7 +465,7 @@ class Core:
 
     def _render(
         self,
-        models: Models,
+        engine: Engine,
         source: Path,
         audio: Path,
         output: Path,
@@ -639,7 +473,7 @@ class Core:
         run: _Run,
         should_stop: ShouldStop,
     ) -> RenderSummary:
-        with self._session(models, source, audio, output, options) as session:
+        with engine.session(source, audio, output, options) as session:
             with run.stage("validation"):
                 session.probe()
             with run.stage("preprocessing"):
@@ -650,62 +484,6 @@ class Core:
                 summary = session.finish()
         release_memory()
         return summary
-
-    def _session(
-        self, models: Models, source: Path, audio: Path, output: Path | None, options: RenderOptions
-    ) -> RenderSession:
-        from musetalk.render import RenderSession
-
-        return RenderSession(
-            models,
-            source,
-            audio,
-            output,
-            options,
-            limits=self._limits(),
-            encoder=self._encoder,
-            avatars=self._avatars,
-        )
-
-    def _options(
-        self, models: Models, params: JobParams, aspect_ratio: str | None, resolution: str | None
-    ) -> RenderOptions:
-        """A job's wishes on top of the version's defaults (spec section 4)."""
-        from musetalk.options import RenderOptions, version_defaults
-
-        defaults = version_defaults(models.version)
-        on_gpu = models.device.type == "cuda"
-        return replace(
-            RenderOptions(
-                face_box=params.face_box,
-                bbox_shift=params.bbox_shift,
-                left_cheek_width=params.left_cheek_width,
-                right_cheek_width=params.right_cheek_width,
-                box_smoothing=params.box_smoothing,
-                max_gap_frames=params.max_gap_frames,
-                loop_mode=params.loop_mode,
-                silence=params.silence,
-                batch_size=params.batch_size or self._batch_size,
-                aspect_ratio=aspect_ratio,
-                resolution=resolution,
-                frame_memory_bytes=self.settings.frame_memory_mb * 2**20,
-                scratch_disk_bytes=self.settings.scratch_disk_mb * 2**20,
-                device_pixels=on_gpu if self.settings.device_pixels == "auto" else self.settings.device_pixels == "1",
-                overlap=on_gpu,
-            ),
-            extra_margin=defaults.extra_margin if params.extra_margin is None else params.extra_margin,
-            match_colours=defaults.match_colours,
-            margin_share=defaults.margin_share if params.extra_margin is None else 0.0,
-            mask_mode=defaults.mask_mode if params.parsing_mode is None else params.parsing_mode,
-        )
-
-    def _limits(self) -> MediaLimits:
-        from musetalk.media import MediaLimits
-
-        settings = self.settings
-        return MediaLimits(
-            max_side=settings.max_source_side, max_audio_s=settings.max_audio_s, max_frames=settings.max_output_frames
-        )
 
     def _download_settings(self) -> DownloadSettings:
         settings = self.settings
@@ -750,11 +528,6 @@ def clean_work_dir(work_dir: Path) -> int:
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     return len(stale)
-
-
-def _log_fetched(progress: Progress) -> None:
-    facts = {"percent": progress.percent, "file": progress.name, "bytes": progress.n_done, "of": progress.n_total}
-    logger.info("fetching the weights", extra=facts)
 
 
 _shared: Core | None = None

@@ -18,7 +18,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from benchmarks import media as media_benchmark
 from benchmarks.engine import inputs, launched_ahead, timed
 from benchmarks.networks import SIZES, build, dtype_of, machine
 from config import ROOT, load_settings
+from engine import engine_around
 from jobs import JobParams
 from musetalk.devices import choose_device, choose_dtype, configure_threads
 from musetalk.warming import warm_up
@@ -84,27 +85,22 @@ def start_core(given: argparse.Namespace, folder: Path) -> Core:
     }
     core = Core(load_settings(variables, env_file=None))
     models = build(given.model, device, dtype)
-    core._batch_size = warm_up(models, given.batch, given.acceleration)
-    core._models = replace(models)
-    core._encoder = core._choose_encoder(models)
-    core._avatars = core._open_avatars()
+    core.use(engine_around(core.settings, models, warm_up(models, given.batch, given.acceleration)))
     return core
 
 
 def model_fps(core: Core, rounds: int = 3) -> float:
     """Frames a second of the networks alone, chunks launched ahead."""
-    models = core._models
-    assert models is not None
-    latents, windows = inputs(models, core._batch_size)
+    models = core.engine.models
+    latents, windows = inputs(models, core.engine.batch_size)
     seconds = timed(lambda: launched_ahead(models.generator, latents, windows), models.device, rounds)
-    return core._batch_size * _IN_A_ROW / seconds
+    return core.engine.batch_size * _IN_A_ROW / seconds
 
 
 def run(core: Core, size: str, audio_s: float, kind: str, files: tuple[Path, Path, Path]) -> Outcome:
     """One job, timed."""
     source, audio, output = files
-    models = core._models
-    assert models is not None
+    models = core.engine.models
     on_gpu = models.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(models.device)
@@ -219,17 +215,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="job-benchmark-") as name:
         core = start_core(given, Path(name))
-        assert core._models is not None
-        print(f"{given.model}, {core._models.dtype}, {core._models.device}, batch {core._batch_size}")
+        models = core.engine.models
+        print(f"{given.model}, {models.dtype}, {models.device}, batch {core.engine.batch_size}")
         print(header())
         if given.demo_pair:
             run_demo_pair(core, Path(name), tell)
         else:
             run_all(core, given, Path(name), tell)
-        if core._avatars is not None:
-            core._avatars.flush()
+        if core.engine.avatars is not None:
+            core.engine.avatars.flush()
     if given.json:
-        facts: dict[str, Any] = {"machine": machine(core._models.device), "model": given.model}
+        facts: dict[str, Any] = {"machine": machine(models.device), "model": given.model}
         facts["jobs"] = [{**asdict(done), "fps": done.fps, "share": done.share} for done in outcomes]
         given.json.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 

@@ -28,8 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "poller": {"errors", "jobs", "telemetry", "musetalk_core", "orchestrator"},
     "musetalk_core": {
         *("errors", "config", "jobs", "downloads", "storage", "telemetry", "musetalk"),
-        *("fitness", "job_control", "command_line"),
+        *("engine", "fitness", "job_control", "command_line"),
     },
+    "engine": {"errors", "config", "jobs", "fitness", "telemetry", "musetalk"},
     "command_line": {"errors", "config", "jobs", "telemetry", "musetalk_core", "musetalk", "weights_command"},
     # Of the model only its version.
     "app": {
@@ -52,6 +53,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "orchestrator": {"torch", "flask"},
     "poller": {"torch", "flask", "b2sdk", "requests"},
     "musetalk_core": {"cv2", "av", "numpy", "flask", "torch"},
+    "engine": {"cv2", "av", "numpy", "flask", "torch"},
     "musetalk": {"flask", "requests", "b2sdk", "gunicorn", "dotenv"},
     "musetalk/media": {"torch"},
     "musetalk/blending": {"torch"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,30 +11,18 @@ import numpy as np
 import pytest
 
 from config import load_settings
+from engine import engine_around
 from musetalk.avatars import SUFFIX, read_avatar
-from musetalk.faces import Face
 from musetalk.geometry import Box
 from musetalk_core import Core, Rendered
-from tests.e2e.test_render import FACE, frames_of, make_audio, make_source, render
-from tests.support import clips
+from tests.e2e.test_render import FACE, SomeFaces, frames_of, make_audio, make_source, render
 
 
-class CountingFaces:
-    """Finds a box that moves with the number a frame shows, and remembers what it was asked."""
+class MovingFaces(SomeFaces):
+    """The box moves with the number a frame shows."""
 
-    def __init__(self, without: frozenset[int] = frozenset()) -> None:
-        self.without = without
-        self.seen: list[int] = []
-
-    def find(self, frames: Sequence[Any], *, bbox_shift: int = 0) -> list[Face | None]:
-        found: list[Face | None] = []
-        for frame in frames:
-            number = clips.read_number(frame.mean(axis=2))
-            assert number is not None
-            self.seen.append(number)
-            box = Box(*FACE).shifted(number % 3, number % 2)
-            found.append(None if number in self.without else Face(box, None, 0.9))
-        return found
+    def box(self, number: int) -> Box:
+        return super().box(number).shifted(number % 3, number % 2)
 
 
 class Worker:
@@ -49,19 +37,16 @@ class Worker:
             "BATCH_SIZE": "4",
         }
         self.core = Core(load_settings({**settings, **variables}, env_file=None))
-        self.faces = CountingFaces()
-        assert loaded._models is not None
-        self.core._models = replace(loaded._models, faces=self.faces)
-        self.core._encoder = loaded._encoder
-        self.core._avatars = self.core._open_avatars()
+        self.faces = MovingFaces()
+        models = replace(loaded.engine.models, faces=self.faces)
+        self.core.use(engine_around(self.core.settings, models, self.core.settings.batch_size))
         self.n_encoded = 0
 
     def render(self, source: Path, audio: Path, output: Path, **params: Any) -> Rendered:
         """A job; the detector's and encoder's counts start anew."""
         self.faces.seen.clear()
         self.n_encoded = 0
-        assert self.core._models is not None
-        generator = self.core._models.generator
+        generator = self.core.engine.models.generator
         encode = generator.encode
 
         def counting(crops: Any) -> Any:
@@ -71,7 +56,7 @@ class Worker:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(generator, "encode", counting)
             rendered = render(self.core, source, audio, output, **{"face_box": None, **params})
-        cache = self.core._avatars
+        cache = self.core.engine.avatars
         if cache is not None:
             cache.flush()
         return rendered
@@ -107,7 +92,7 @@ def test_the_second_video_is_the_first_to_the_byte_without_searching_or_encoding
     assert (worker.faces.seen, worker.n_encoded, warm.summary.n_reused) == ([], 0, 9)
     off = start("off", AVATAR_MEMORY_MB="0", AVATAR_DISK_MB="0")
     off.render(*media_of, tmp_path / "off.mp4")
-    assert off.core._avatars is None
+    assert off.core.engine.avatars is None
     assert (tmp_path / "warm.mp4").read_bytes() == (tmp_path / "cold.mp4").read_bytes()
     assert (tmp_path / "off.mp4").read_bytes() == (tmp_path / "cold.mp4").read_bytes()
 
@@ -176,9 +161,8 @@ def test_other_weights_are_another_avatar(
 ) -> None:
     worker = start()
     worker.render(*media_of, tmp_path / "cold.mp4")
-    models = worker.core._models
-    assert models is not None
-    worker.core._models = replace(models, fingerprint="of other weights")
+    loaded = worker.core.engine
+    worker.core.use(replace(loaded, models=replace(loaded.models, fingerprint="of other weights")))
     assert worker.render(*media_of, tmp_path / "other.mp4").summary.n_reused == 0
 
 

@@ -88,8 +88,7 @@ def test_a_cancel_comes_through_wherever_the_job_is(core: Core, job: dict[str, A
 
 
 def test_warming_up_runs_the_chain_and_finds_broken_weights(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = core._models
-    assert models is not None
+    models = core.engine.models
     seen: list[int] = []
     generate = Generator.generate
 
@@ -105,8 +104,7 @@ def test_warming_up_runs_the_chain_and_finds_broken_weights(core: Core, monkeypa
 
 @pytest.mark.parametrize("wanted", ["graphs", "compile"])
 def test_a_cpu_compiles_nothing_that_no_job_would_take(core: Core, wanted: Any, caplog: Any) -> None:
-    models = core._models
-    assert models is not None
+    models = core.engine.models
     generator = models.generator
     latents = torch.zeros(1, *generator.latent_shape)
     windows = torch.zeros(1, 10 * models.audio.n_layers, models.audio.d_model)

@@ -28,9 +28,8 @@ def make(core: Core, tmp_path: Path) -> Make:
     source, audio = make_source(tmp_path / "source.mp4", 14), make_audio(tmp_path / "a.wav", 0.9)
 
     def run(name: str, should_stop: Callable[[], bool] = lambda: False, **options: Any) -> RenderSummary:
-        assert core._models is not None
         chosen = RenderOptions(face_box=FACE, batch_size=4, **options)
-        with RenderSession(core._models, source, audio, tmp_path / name, chosen) as session:
+        with RenderSession(core.engine.models, source, audio, tmp_path / name, chosen) as session:
             session.probe()
             session.prepare(should_stop)
             session.generate(should_stop=should_stop)
@@ -83,12 +82,11 @@ def test_the_device_pastes_what_the_cpu_pastes(make: Make, monkeypatch: pytest.M
 def test_an_error_in_the_preparing_thread_is_the_jobs_error(
     make: Make, core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert core._models is not None
 
     def encode(_crops: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(core._models.generator, "encode", encode)
+    monkeypatch.setattr(core.engine.models.generator, "encode", encode)
     with pytest.raises(OutOfMemoryError):
         make("out.mp4", overlap=True)
     assert not (tmp_path / "out.mp4").exists()
@@ -101,8 +99,7 @@ def test_a_broken_source_is_told_with_overlap_too(core: Core, tmp_path: Path) ->
     chosen = RenderOptions(face_box=FACE, overlap=True)
 
     def run() -> None:
-        assert core._models is not None
-        with RenderSession(core._models, source, audio, tmp_path / "o.mp4", chosen) as session:
+        with RenderSession(core.engine.models, source, audio, tmp_path / "o.mp4", chosen) as session:
             session.probe()
             session.prepare()
             session.generate()
@@ -131,11 +128,11 @@ def test_a_cancel_ends_the_preparing_thread(make: Make, tmp_path: Path) -> None:
 def test_the_settings_reach_the_options(core: Core) -> None:
     from jobs import JobParams
 
-    assert core._models is not None
-    plain = core._options(core._models, JobParams(), None, None)
+    engine = core.engine
+    plain = engine.options(JobParams(), None, None)
     assert (plain.device_pixels, plain.overlap) == (False, False)
-    on_gpu = replace(core._models, device=torch.device("cuda"))
-    options = core._options(on_gpu, JobParams(), None, None)
+    on_gpu = replace(engine, models=replace(engine.models, device=torch.device("cuda")))
+    options = on_gpu.options(JobParams(), None, None)
     assert (options.device_pixels, options.overlap) == (True, True)
-    asked = Core(load_settings({"DEVICE_PIXELS": "1"}, env_file=None))
-    assert asked._options(core._models, JobParams(), None, None).device_pixels
+    asked = replace(engine, settings=load_settings({"DEVICE_PIXELS": "1"}, env_file=None))
+    assert asked.options(JobParams(), None, None).device_pixels

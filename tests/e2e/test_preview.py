@@ -17,9 +17,9 @@ from musetalk import media
 from musetalk.frames import Planes, planes_to_bgr
 from musetalk.render import Preview
 from musetalk_core import Core
-from tests.e2e.test_avatars import CountingFaces, Worker
+from tests.e2e.test_avatars import MovingFaces, Worker
 from tests.e2e.test_cli import run
-from tests.e2e.test_render import FACE, make_audio, make_source, render
+from tests.e2e.test_render import FACE, make_audio, make_source, render, with_faces
 from tests.e2e.test_silence import SOUND, write
 from tests.support import clips
 
@@ -101,12 +101,8 @@ def test_a_repeated_picture_is_prepared_where_it_appeared(core: Core, whole: Who
 def test_only_near_frames_are_searched_and_the_box_is_that_of_the_whole(
     core: Core, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
-    models = core._models
-    assert models is not None
-    finder = CountingFaces(frozenset({4, 5, 9, 10, 20}))
-    monkeypatch.setattr(core, "_models", replace(models, faces=finder))
+    finder = MovingFaces({4, 5, 9, 10, 20})
+    monkeypatch.setattr(core, "_engine", with_faces(core.engine, finder))
     source, audio = make_source(tmp_path / "source.mp4", 40), make_audio(tmp_path / "a.wav", 1.6)
     asked: dict[str, Any] = {"face_box": None, "box_smoothing": 1.5, "max_gap_frames": 3}
     pictures = whole(source, audio, **asked)
@@ -117,17 +113,14 @@ def test_only_near_frames_are_searched_and_the_box_is_that_of_the_whole(
 
 
 def test_a_face_that_comes_later_is_no_reason_to_refuse(core: Core, tmp_path: Path, monkeypatch: Any) -> None:
-    from dataclasses import replace
-
-    models = core._models
-    assert models is not None
+    loaded = core.engine
     source, audio = make_source(tmp_path / "source.mp4", 30), make_audio(tmp_path / "a.wav", 1.2)
-    monkeypatch.setattr(core, "_models", replace(models, faces=CountingFaces(frozenset(range(25)))))
+    monkeypatch.setattr(core, "_engine", with_faces(loaded, MovingFaces(range(25))))
     info = media.inspect_source(source, media.MediaLimits())
     first = next(iter(media.read_source(source, info, media.MediaLimits()))).planes
     made = preview(core, source, audio, 0.0, face_box=None, max_gap_frames=0)
     assert np.array_equal(made.planes.y, first.y)
-    monkeypatch.setattr(core, "_models", replace(models, faces=CountingFaces(frozenset(range(30)))))
+    monkeypatch.setattr(core, "_engine", with_faces(loaded, MovingFaces(range(30))))
     with pytest.raises(NoFaceError):
         preview(core, source, audio, 0.0, face_box=None, max_gap_frames=0)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import av
 import numpy as np
 import pytest
 
+from engine import Engine
 from errors import CancelledError, MediaError, NoFaceError, RequestError
 from jobs import JobParams, Stage
 from musetalk import media
@@ -200,9 +202,13 @@ def test_the_same_job_twice_gives_the_same_file(core: Core, tmp_path: Path) -> N
 class SomeFaces:
     """Finds the box in all frames but some, which it tells by the number they show."""
 
-    def __init__(self, without: set[int]) -> None:
+    def __init__(self, without: Collection[int] = ()) -> None:
         self.without = without
         self.seen: list[int] = []
+
+    def box(self, _number: int) -> Box:
+        """Where the face is in the frame that shows this number."""
+        return Box(*FACE)
 
     def find(self, frames: Sequence[Any], *, bbox_shift: int = 0) -> list[Face | None]:
         found: list[Face | None] = []
@@ -210,24 +216,26 @@ class SomeFaces:
             number = clips.read_number(frame.mean(axis=2))
             assert number is not None
             self.seen.append(number)
-            found.append(None if number in self.without else Face(Box(*FACE), None, 1.0))
+            found.append(None if number in self.without else Face(self.box(number), None, 1.0))
         return found
+
+
+def with_faces(loaded: Engine, finder: SomeFaces) -> Engine:
+    """`loaded` with another face finder."""
+    return replace(loaded, models=replace(loaded.models, faces=finder))
 
 
 @pytest.fixture
 def with_finder(core: Core) -> Any:
     """Replace the core's face finder for one test."""
-    from dataclasses import replace
-
-    models = core._models
-    assert models is not None
+    loaded = core.engine
 
     def use(finder: SomeFaces) -> Core:
-        core._models = replace(models, faces=finder)
+        core.use(with_faces(loaded, finder))
         return core
 
     yield use
-    core._models = models
+    core.use(loaded)
 
 
 def test_frames_without_a_face_show_the_source_and_keep_the_rest_in_step(with_finder: Any, tmp_path: Path) -> None:

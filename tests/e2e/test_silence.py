@@ -46,9 +46,8 @@ def pictures(core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
             return fit(planes, *args)
 
         monkeypatch.setattr(media, "fit_planes", remember)
-        assert core._models is not None
         chosen = RenderOptions(**{"face_box": FACE, "batch_size": 4, **options})
-        with RenderSession(core._models, source, audio, tmp_path / "out.mp4", chosen) as session:
+        with RenderSession(core.engine.models, source, audio, tmp_path / "out.mp4", chosen) as session:
             session.probe()
             session.prepare()
             session.generate()
@@ -121,8 +120,7 @@ def test_the_device_fades_what_the_cpu_fades(pictures: Callable[..., Pictures], 
 def test_nothing_is_generated_for_what_is_not_shown(
     core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert core._models is not None
-    generator, counts = core._models.generator, list[int]()
+    generator, counts = core.engine.models.generator, list[int]()
     start = generator.start
 
     def counting(latents: Any, *args: Any) -> Any:

@@ -15,8 +15,9 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-import musetalk_core
+import engine
 from config import load_settings
+from engine import DEMO_MODELS, EngineLoader
 from errors import WeightsError
 from musetalk import devices, manifest
 from musetalk.fetching import Watcher
@@ -249,8 +250,8 @@ def core_of(hub: FakeHub, small: Path, tmp_path: Path, monkeypatch: pytest.Monke
     # The card is there, and what stands for it is the CPU.
     monkeypatch.setattr(devices, "choose_device", lambda _wanted: torch.device("cpu"))
 
-    def make(has_gpu: bool, **environment: str) -> Core:
-        monkeypatch.setattr(musetalk_core, "has_gpu_hardware", lambda: has_gpu)
+    def make(has_gpu: bool, watcher: Watcher | None = None, **environment: str) -> Core:
+        monkeypatch.setattr(engine, "has_gpu_hardware", lambda: has_gpu)
         folders = {"OUTPUT_DIR": "outputs", "WORK_DIR": "work", "MUSETALK_MODELS_DIR": "models"}
         settings = load_settings(
             {
@@ -263,7 +264,7 @@ def core_of(hub: FakeHub, small: Path, tmp_path: Path, monkeypatch: pytest.Monke
             },
             env_file=None,
         )
-        return Core(settings)
+        return Core(settings, fetch_watcher=watcher)
 
     return make
 
@@ -279,8 +280,8 @@ def test_a_gpu_and_no_weights_means_that_they_are_fetched(core_of: Any, hub: Fak
 
 
 def test_somebody_who_waits_sees_it_come_in(core_of: Any) -> None:
-    core, said, percents = core_of(True), list[str](), list[int]()
-    core.fetch_watcher = Watcher(said.append, lambda progress: percents.append(progress.percent))
+    said, percents = list[str](), list[int]()
+    core = core_of(True, Watcher(said.append, lambda progress: percents.append(progress.percent)))
     core.load()
     assert any(text.startswith(f"fetching {UNET} (") for text in said)
     assert percents[-1] == 100
@@ -296,6 +297,11 @@ def test_what_is_missing_of_a_folder_is_fetched_too(core_of: Any, hub: FakeHub, 
     assert [seen.path.rpartition("/")[2] for seen in hub.seen if seen.host == "hub"] == ["unet.pth"] * 2
 
 
+def choose_model(core: Core) -> tuple[str, Path]:
+    """What the loading of `core` would take."""
+    return EngineLoader(core.settings, core.metrics).choose_model()
+
+
 @pytest.mark.parametrize(
     ("has_gpu", "environment"),
     [(False, {}), (True, {"MUSETALK_FETCH_WEIGHTS": "0"}), (True, {"MUSETALK_DEVICE": "cpu"})],
@@ -304,15 +310,15 @@ def test_otherwise_the_demo_runs_and_nobody_is_asked(
     core_of: Any, hub: FakeHub, has_gpu: bool, environment: dict[str, str]
 ) -> None:
     core = core_of(has_gpu, **environment)
-    assert core._choose_model() == ("demo", musetalk_core.DEMO_MODELS)
+    assert choose_model(core) == ("demo", DEMO_MODELS)
     with pytest.raises(WeightsError, match="model files are missing"):
-        core_of(has_gpu, MUSETALK_MODEL="v15", **environment)._choose_model()
+        choose_model(core_of(has_gpu, MUSETALK_MODEL="v15", **environment))
     assert hub.seen == []
 
 
 def test_the_demo_that_was_asked_for_is_never_fetched_for(core_of: Any, hub: FakeHub) -> None:
     core = core_of(True, MUSETALK_MODEL="demo", MUSETALK_FETCH_WEIGHTS="1")
-    assert core._choose_model() == ("demo", musetalk_core.DEMO_MODELS)
+    assert choose_model(core) == ("demo", DEMO_MODELS)
     assert hub.seen == []
 
 
