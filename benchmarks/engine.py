@@ -16,14 +16,22 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.networks import SIZES, build, dtype_of, machine, matmul_tflops, median, n_parameters, synchronise
+from benchmarks.networks import (
+    arguments_for,
+    build,
+    dtype_of,
+    machine,
+    matmul_tflops,
+    median,
+    n_parameters,
+    synchronise,
+)
 from musetalk.acceleration import accelerator
 from musetalk.devices import choose_device, configure_threads
 from musetalk.generator import Generator, PendingPatches
@@ -153,18 +161,14 @@ def table(rates: list[Rate]) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", choices=SIZES, default="demo")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser = arguments_for(__doc__, "demo")
     parser.add_argument("--batches", default="", help="comma-separated; default 1,4,8 on a CPU, 1,4,8,16,32 on a GPU")
     parser.add_argument(
         "--dtypes", default="", help="default float32,bfloat16 on a CPU, float32,float16,bfloat16 on a GPU"
     )
     parser.add_argument("--accelerations", default="", help="default none on a CPU, none,graphs on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
 
 

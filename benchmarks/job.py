@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import media as media_benchmark
 from benchmarks.engine import inputs, launched_ahead, timed
-from benchmarks.networks import SIZES, build, dtype_of, machine
+from benchmarks.material import FRAME_SIZES, centred_box, make_audio, make_clip
+from benchmarks.measuring import memory
+from benchmarks.networks import arguments_for, build, dtype_of, machine
 from config import ROOT, load_settings
 from engine import engine_around
 from jobs import JobParams
@@ -104,10 +105,10 @@ def run(core: Core, size: str, audio_s: float, kind: str, files: tuple[Path, Pat
     on_gpu = models.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(models.device)
-    before = media_benchmark.memory("VmRSS")
+    before = memory("VmRSS")
     # The kernel's high-water mark starts anew, so that each job tells its own.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    box = (*media_benchmark.centred_box(*media_benchmark.SIZES[size]),) if size in media_benchmark.SIZES else None
+    box = (*centred_box(*FRAME_SIZES[size]),) if size in FRAME_SIZES else None
     params = JobParams(face_box=box)
     started = time.perf_counter()
     rendered = core.render(source, audio, output, params)
@@ -121,7 +122,7 @@ def run(core: Core, size: str, audio_s: float, kind: str, files: tuple[Path, Pat
         stages={str(stage): seconds for stage, seconds in rendered.clock.seconds.items()},
         reused=rendered.summary.n_reused,
         model_fps=model_fps(core),
-        peak_rss_mib=media_benchmark.memory("VmHWM") / 2**20,
+        peak_rss_mib=memory("VmHWM") / 2**20,
         before_rss_mib=before / 2**20,
         peak_vram_mib=torch.cuda.max_memory_allocated(models.device) / 2**20 if on_gpu else None,
     )
@@ -130,19 +131,19 @@ def run(core: Core, size: str, audio_s: float, kind: str, files: tuple[Path, Pat
 def run_all(core: Core, given: argparse.Namespace, folder: Path, tell: Callable[[Outcome], None]) -> None:
     """Every size and length, three jobs each; each cold source is another one."""
     for size in given.sizes.split(","):
-        frame, face = media_benchmark.SIZES[size]
+        frame, face = FRAME_SIZES[size]
         for audio_s in (float(part) for part in given.seconds.split(",")):
             n_source = round(25 * min(audio_s, given.source_seconds or audio_s))
             sources: list[Path] = []
             for name in ("a", "b"):
                 source = folder / f"{size}-{audio_s:g}-{name}.mp4"
                 # One frame more makes it another source.
-                media_benchmark.make_clip(source, frame, face, n_source + len(sources))
+                make_clip(source, frame, face, n_source + len(sources))
                 sources.append(source)
             speeches = []
             for name, longer in (("one", 0), ("two", Fraction(1, 25))):
                 speech = folder / f"{audio_s:g}-{name}.wav"
-                media_benchmark.make_audio(speech, Fraction(audio_s) - longer)
+                make_audio(speech, Fraction(audio_s) - longer)
                 speeches.append(speech)
             output = folder / "output.mp4"
             for kind, source, speech in (
@@ -188,9 +189,7 @@ def row(done: Outcome) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", choices=SIZES, default="demo")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser = arguments_for(__doc__, "demo")
     parser.add_argument("--dtype", default="", help="default: what a worker would choose")
     parser.add_argument("--acceleration", choices=["none", "graphs", "compile"], default="none")
     parser.add_argument("--sizes", default="720p,1080p")
@@ -199,8 +198,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--demo-pair", action="store_true", help="the project's own clip and sentence")
     parser.add_argument("--jobs", default="cold,warm,repeat", help="which of the three")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
 
 

@@ -17,19 +17,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
 import json
-import os
-import platform
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -37,36 +32,25 @@ from typing import Any
 import av
 import cv2
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
+from benchmarks.material import FRAME_SIZES, RATE, centred_box, make_audio, make_clip
+from benchmarks.measuring import cpu_seconds, machine, memory
+from benchmarks.original import PNG_FILTERS, blend_whole, dump_source, encode_again, encode_pictures, read_picture
 from musetalk import media
 from musetalk.blending import PastePlan, blend_mask, crop_for_parsing, face_mask, paste_planes
-from musetalk.frames import BT709, Matrix, Planes, UInt8Array, bgr_to_planes, planes_to_bgr
+from musetalk.frames import Matrix, Planes, UInt8Array, planes_to_bgr
 from musetalk.generator import crop_patch
 from musetalk.geometry import Box, blend_box
 from musetalk.preparing import QUEUE_DEPTH
 from musetalk.streaming import BackgroundReader, BackgroundWriter
 
 ROOT = Path(__file__).resolve().parent.parent
-# Frame size and face size (px) of the synthetic clips.
-SIZES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
-    "720p": ((1280, 720), (250, 255)),
-    "1080p": ((1920, 1080), (375, 375)),
-}
-RATE = Fraction(25)
-AUDIO_RATE = 16_000
 PATCH_PX = 256
 N_PATCHES = 8
 # The run that shows whether memory grows is this many times longer.
 LONGER = 4
 # A longer run may take this share more memory and still be called flat.
 FLAT_WITHIN = 0.1
-# The prediction of FFmpeg's PNG encoder: "none" was its default up to 7.0. With "paeth", the default of 8.0, encoding
-# takes about three times as long; the original is older, so the cheaper one is what ours is held against.
-PNG_FILTERS = ("none", "paeth")
-_FIRST_PASS = {"preset": "medium", "crf": "18"}
-_SECOND_PASS = {"preset": "medium", "crf": "23"}
 
 
 @dataclass(frozen=True)
@@ -201,92 +185,6 @@ def run_upstream(job: Job) -> int:
     return encode_again(silent, job.audio, job.output)
 
 
-def dump_source(clip: Path, folder: Path, n_frames: int, png_filter: str) -> Fraction:
-    """The first `n_frames` frames of `clip` as numbered PNG files by FFmpeg's encoder; returns the frame rate."""
-    with av.open(str(clip)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        encoder: Any = av.CodecContext.create("png", "w")
-        encoder.width, encoder.height, encoder.pix_fmt = stream.width, stream.height, "rgb24"
-        encoder.time_base, encoder.options = Fraction(1, 25), {"pred": png_filter}
-        for index, frame in enumerate(container.decode(stream)):
-            if index == n_frames:
-                break
-            rgb = frame.reformat(format="rgb24")
-            rgb.pts = index
-            data = b"".join(bytes(packet) for packet in encoder.encode(rgb))
-            (folder / f"{index:08d}.png").write_bytes(data)
-        assert stream.average_rate is not None
-        return Fraction(stream.average_rate)
-
-
-def read_picture(path: Path) -> UInt8Array:
-    """A picture file as BGR uint8 (H, W, 3)."""
-    picture = cv2.imread(str(path))
-    assert picture is not None, path
-    return np.asarray(picture, np.uint8)
-
-
-def blend_whole(frame: UInt8Array, face: UInt8Array, labels: UInt8Array, box: Box, around: Box) -> UInt8Array:
-    """The face over a BGR frame (H, W, 3), by Pillow on whole pictures, with a mask made for this frame alone."""
-    canvas = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-    square = canvas.crop((around.x0, around.y0, around.x1, around.y1))
-    square.paste(Image.fromarray(cv2.cvtColor(face, cv2.COLOR_BGR2RGB)), (box.x0 - around.x0, box.y0 - around.y0))
-    mask = Image.fromarray(blend_mask(face_mask(labels, "jaw"), box, around))
-    canvas.paste(square, (around.x0, around.y0), mask)
-    return np.asarray(cv2.cvtColor(np.asarray(canvas), cv2.COLOR_RGB2BGR), np.uint8)
-
-
-def encode_pictures(folder: Path, output: Path, rate: Fraction) -> None:
-    """First pass: the numbered PNG files as H.264 without sound."""
-    with av.open(str(output), "w") as container:
-        stream: Any = None
-        for index, path in enumerate(sorted(folder.iterdir())):
-            picture = read_picture(path)
-            if stream is None:
-                stream = add_x264(container, rate, (picture.shape[1], picture.shape[0]), _FIRST_PASS)
-            frame: Any = av.VideoFrame.from_ndarray(picture, format="bgr24").reformat(format="yuv420p")
-            frame.pts, frame.time_base = index, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def encode_again(silent: Path, audio: Path, output: Path) -> int:
-    """Second pass: the video decoded and encoded once more, the sound beside it as AAC; returns the frames."""
-    n_frames = 0
-    with av.open(str(silent)) as source, av.open(str(audio)) as sound, av.open(str(output), "w") as container:
-        pictures, voice = source.streams.video[0], sound.streams.audio[0]
-        assert pictures.average_rate is not None
-        pictures.thread_type = "AUTO"
-        rate = Fraction(pictures.average_rate)
-        n_samples = round(pictures.frames / rate * voice.rate)
-        video = add_x264(container, rate, (pictures.width, pictures.height), _SECOND_PASS)
-        track: Any = container.add_stream("aac", rate=voice.rate)
-        track.codec_context.layout = "mono" if voice.codec_context.layout.nb_channels == 1 else "stereo"
-        blocks = sound.decode(voice)
-        n_heard = 0
-        for n_frames, picture in enumerate(source.decode(pictures), start=1):
-            frame: Any = picture
-            frame.pts, frame.time_base = n_frames - 1, 1 / rate
-            frame.pict_type = 0  # or the second encoder would repeat the first one's choice
-            container.mux(video.encode(frame))
-            while n_heard < min(n_frames / rate * voice.rate, n_samples) and (block := next(blocks, None)) is not None:
-                n_heard += block.samples
-                container.mux(track.encode(block))
-        container.mux(video.encode(None))
-        container.mux(track.encode(None))
-    return n_frames
-
-
-def add_x264(container: Any, rate: Fraction, size: tuple[int, int], options: dict[str, str]) -> Any:
-    """A new H.264 stream of `size` px, with as many threads as x264 likes."""
-    stream = container.add_stream("libx264", rate=rate, options=options)
-    stream.width, stream.height = size
-    stream.pix_fmt = "yuv420p"
-    stream.codec_context.thread_count = 0
-    return stream
-
-
 SIDES: dict[str, Callable[[Job], int]] = {"ours": run_ours, "upstream": run_upstream}
 
 
@@ -309,21 +207,6 @@ def measure(side: str, job: Job) -> Report:
         - job.output.stat().st_size,
         output_bytes=job.output.stat().st_size,
     )
-
-
-def cpu_seconds() -> float:
-    """User and system seconds of this process and its ended children."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def memory(field: str) -> int:
-    """Bytes of this process from /proc: VmRSS now, VmHWM at its peak (ru_maxrss starts with the parent's)."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def run_side(side: str, job: Job) -> Report:
@@ -365,111 +248,6 @@ def describe(path: Path) -> tuple[int, float | None, Fraction]:
         return n_frames, sound_s, Fraction(stream.average_rate)
 
 
-# -- synthetic clips --------------------------------------------------------------------------------------------------
-
-
-def make_clip(path: Path, size: tuple[int, int], face: tuple[int, int], n_frames: int) -> None:
-    """An H.264 clip like a camera's: a textured background that pans slowly behind a moving head."""
-    with media.VideoWriter(
-        path,
-        width=size[0],
-        height=size[1],
-        rate=RATE,
-        colour=BT709,
-        n_frames=n_frames,
-        audio_path=None,
-        audio_duration=Fraction(0),
-        settings=media.EncoderSettings(crf=18),
-    ) as writer:
-        for planes in camera_frames(size, face, n_frames):
-            writer.write(planes)
-        writer.close()
-
-
-def camera_frames(size: tuple[int, int], face: tuple[int, int], n_frames: int) -> Iterator[Planes]:
-    """The pictures of `make_clip`; everything moves by fractions of a pixel, so that no block is simply repeated."""
-    margin = 64
-    ground = bgr_to_planes(background(size[0] + 2 * margin, size[1] + 2 * margin), "bt709")
-    picture, opacity = head(face)
-    blob, luma = bgr_to_planes(picture, "bt709"), opacity
-    chroma = cv2.resize(opacity, (opacity.shape[1] // 2, opacity.shape[0] // 2), interpolation=cv2.INTER_AREA)
-    left, top = (size[0] - picture.shape[1]) / 2, (size[1] - picture.shape[0]) / 2
-    for index in range(n_frames):
-        pan_x, pan_y = 48 * np.sin(index / 60), 24 * np.sin(index / 85)
-        head_x, head_y = left + 6 * np.sin(index / 9), top + 4 * np.sin(index / 7)
-        made = []
-        pairs = ((ground.y, blob.y, luma, 1), (ground.u, blob.u, chroma, 2), (ground.v, blob.v, chroma, 2))
-        for plane, over, weight, step in pairs:
-            target = (size[0] // step, size[1] // step)
-            behind = _moved(plane, (pan_x - margin) / step, (pan_y - margin) / step, target)
-            alpha = _moved(weight, head_x / step, head_y / step, target).astype(np.float32) / 255
-            front = _moved(over, head_x / step, head_y / step, target)
-            made.append(np.asarray(cv2.blendLinear(front, behind, alpha, 1 - alpha), np.uint8))
-        yield Planes(*made)
-
-
-def _moved(plane: NDArray[Any], dx: float, dy: float, size: tuple[int, int]) -> UInt8Array:
-    """`plane` shifted right and down by (dx, dy) px, as `size` px; black where nothing comes to lie."""
-    shift = np.array([[1, 0, dx], [0, 1, dy]], np.float64)
-    return np.asarray(cv2.warpAffine(plane, shift, size, flags=cv2.INTER_LINEAR), np.uint8)
-
-
-def background(width: int, height: int) -> UInt8Array:
-    """A lit wall, BGR uint8 (height, width, 3): gradients, soft noise of several sizes and fine grain."""
-    rng = np.random.default_rng(1)
-    x, y = np.linspace(0, 1, width)[None, :, None], np.linspace(0, 1, height)[:, None, None]
-    picture = np.array([90.0, 110.0, 120.0]) + 70 * x * np.array([0.8, 1.0, 1.1]) - 45 * y
-    for sigma, strength in ((40.0, 22.0), (8.0, 9.0), (1.2, 4.0)):
-        noise = cv2.GaussianBlur(rng.normal(0, 1, (height, width, 3)).astype(np.float32), (0, 0), sigma)
-        # Mostly light and shade, the same in all three, as surfaces have it; colour varies a quarter as much.
-        noise = noise[..., :1] + 0.25 * noise
-        picture = picture + strength * noise / noise.std()
-    return np.asarray(np.clip(picture, 0, 255), np.uint8)
-
-
-def head(face: tuple[int, int]) -> tuple[UInt8Array, UInt8Array]:
-    """A head for a face of `face` px: BGR uint8 (h, w, 3) of even size and its opacity (h, w)."""
-    width, height = (int(side * 1.4) // 2 * 2 for side in face)
-    rng = np.random.default_rng(2)
-    shade = 30 * np.cos(np.linspace(-1.4, 1.4, width))[None, :, None]
-    skin = cv2.GaussianBlur(rng.normal(0, 1, (height, width, 3)).astype(np.float32), (0, 0), 1.2)
-    picture = np.ascontiguousarray(np.array([110.0, 140.0, 190.0]) + shade + 5 * skin / skin.std())
-    middle = (width // 2, height // 2)
-    for side in (-1, 1):
-        eye = (middle[0] + side * face[0] // 5, middle[1] - face[1] // 8)
-        cv2.ellipse(picture, eye, (face[0] // 11, face[1] // 22), 0, 0, 360, (60, 60, 70), -1)
-    cv2.ellipse(
-        picture, (middle[0], middle[1] + face[1] // 4), (face[0] // 6, face[1] // 24), 0, 0, 360, (70, 60, 150), -1
-    )
-    opacity = np.zeros((height, width), np.uint8)
-    cv2.ellipse(opacity, middle, (int(face[0] * 0.52), int(face[1] * 0.66)), 0, 0, 360, 255, -1)
-    return np.clip(picture, 0, 255).astype(np.uint8), np.asarray(cv2.GaussianBlur(opacity, (0, 0), 2), np.uint8)
-
-
-def make_audio(path: Path, duration: Fraction) -> None:
-    """Speech-like bursts of noise, mono 16 kHz, as WAV."""
-    n_samples = int(duration * AUDIO_RATE)
-    rng = np.random.default_rng(3)
-    at = np.arange(n_samples) / AUDIO_RATE
-    envelope = np.clip(np.sin(2 * np.pi * 3.1 * at), 0, 1) * (np.sin(2 * np.pi * 0.4 * at) > -0.5)
-    samples = (np.clip(rng.normal(0, 0.15, n_samples) * envelope, -1, 1) * 32767).astype(np.int16)
-    with av.open(str(path), "w", format="wav") as container:
-        stream: Any = container.add_stream("pcm_s16le", rate=AUDIO_RATE)
-        stream.codec_context.layout = "mono"
-        for start in range(0, n_samples, 4096):
-            block = samples[None, start : start + 4096]
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="s16", layout="mono")
-            frame.sample_rate, frame.pts = AUDIO_RATE, start
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def centred_box(size: tuple[int, int], face: tuple[int, int]) -> Box:
-    """A face box of `face` px in the middle of a frame of `size` px."""
-    left, top = (size[0] - face[0]) // 2, (size[1] - face[1]) // 2
-    return Box(left, top, left + face[0], top + face[1])
-
-
 # -- the parent -------------------------------------------------------------------------------------------------------
 
 
@@ -507,7 +285,7 @@ class Result:
 
 def synthetic_case(name: str, n_frames: int, folder: Path) -> Case:
     """A case with a clip and sound made for it, long enough for the longer run."""
-    size, face = SIZES[name]
+    size, face = FRAME_SIZES[name]
     clip, audio = folder / f"{name}.mp4", folder / f"{name}.wav"
     make_clip(clip, size, face, LONGER * n_frames)
     make_audio(audio, LONGER * n_frames / RATE)
@@ -579,31 +357,6 @@ def _mb(n_bytes: int) -> float:
     return n_bytes / 2**20
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on, and with which versions."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "av": av.__version__,
-        "libraries": {name: ".".join(map(str, version)) for name, version in av.library_versions.items()},
-        "opencv": cv2.__version__,
-        "numpy": np.__version__,
-        "pillow": importlib.metadata.version("pillow"),
-    }
-
-
 def as_json(results: list[Result], png_filter: str) -> dict[str, Any]:
     """All numbers: seconds, bytes and ratios, with the machine."""
     cases = [{**asdict(result), "cpu_ratio": result.cpu_ratio, "growth": result.growth} for result in results]
@@ -627,7 +380,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--frames must be at least 1")
     if (options.clip is None) != (options.audio is None):
         parser.error("--clip and --audio go together")
-    unknown = set(options.sizes.split(",")) - set(SIZES)
+    unknown = set(options.sizes.split(",")) - set(FRAME_SIZES)
     if unknown:
         parser.error(f"unknown sizes: {', '.join(sorted(unknown))}")
     return options

@@ -9,9 +9,11 @@ Full and tiny have no detector (a random one finds nothing): benchmarks give the
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +23,7 @@ from torch import nn
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from benchmarks import media as media_benchmark
+from benchmarks import measuring
 from config import ROOT
 from musetalk.audio import AudioEncoder
 from musetalk.faces import Face, FaceParser
@@ -66,6 +68,16 @@ class NoFaces:
     def find(self, frames: Sequence[UInt8Array], *, bbox_shift: int = 0) -> list[Face | None]:  # noqa: ARG002
         """No face anywhere."""
         return [None] * len(frames)
+
+
+def arguments_for(description: str, model: Size) -> argparse.ArgumentParser:
+    """A command line with what every benchmark of networks is told: which ones, where, and where the numbers go."""
+    parser = argparse.ArgumentParser(description=description.split("\n", 1)[0])
+    parser.add_argument("--model", choices=SIZES, default=model)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    return parser
 
 
 def build(size: Size, device: torch.device, dtype: torch.dtype) -> Models:
@@ -113,7 +125,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, time_of: Callable[[C
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on, and with which versions."""
-    facts = media_benchmark.machine()
+    facts = measuring.machine()
     for name in ("torch", "diffusers", "transformers"):
         facts[name] = importlib.metadata.version(name)
     facts["threads"] = torch.get_num_threads()

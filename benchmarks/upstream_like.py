@@ -28,8 +28,11 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks import media as media_benchmark
-from benchmarks.networks import SIZES, build, dtype_of, machine, median, synchronise
+from benchmarks.material import FRAME_SIZES, centred_box, make_audio, make_clip
+from benchmarks.measuring import cpu_seconds, memory
+from benchmarks.networks import arguments_for, build, dtype_of, machine, median, synchronise
+from benchmarks.original import PNG_FILTERS, blend_whole, dump_source, encode_again, encode_pictures, read_picture
+from config import ROOT
 from musetalk import media
 from musetalk.audio import audio_windows
 from musetalk.avatars import AvatarCache
@@ -70,8 +73,8 @@ def upstream(models: Models, task: Task) -> int:
     sources, results = task.folder / "source", task.folder / "result"
     sources.mkdir()
     results.mkdir()
-    rate = media_benchmark.dump_source(task.source, sources, 10**9, media_benchmark.PNG_FILTERS[0])
-    frames = [media_benchmark.read_picture(path) for path in sorted(sources.iterdir())]
+    rate = dump_source(task.source, sources, 10**9, PNG_FILTERS[0])
+    frames = [read_picture(path) for path in sorted(sources.iterdir())]
     limits = media.MediaLimits()
     waveform = media.read_waveform(task.audio, media.probe_audio(task.audio, limits), limits)
     features = models.audio.features(waveform)
@@ -90,11 +93,11 @@ def upstream(models: Models, task: Task) -> int:
         face = np.asarray(cv2.resize(patch, (box.width, box.height)), np.uint8)
         square = frame[max(0, around.y0) : around.y1, max(0, around.x0) : around.x1]
         labels = models.parser.labels([square])[0]
-        blended = media_benchmark.blend_whole(frame, face, labels, box, around)
+        blended = blend_whole(frame, face, labels, box, around)
         cv2.imwrite(str(results / f"{index:08d}.png"), blended)
     silent = task.folder / "silent.mp4"
-    media_benchmark.encode_pictures(results, silent, rate)
-    return media_benchmark.encode_again(silent, task.audio, task.folder / "out.mp4")
+    encode_pictures(results, silent, rate)
+    return encode_again(silent, task.audio, task.folder / "out.mp4")
 
 
 def _encode_alone(models: Models, crop: UInt8Array) -> torch.Tensor:
@@ -138,15 +141,15 @@ def measure(side: str, given: argparse.Namespace, task: Task) -> list[Took]:
     avatars = AvatarCache(None, memory_bytes=2**30, disk_bytes=0)
     took = []
     for name in ("upstream",) if side == "upstream" else ("cold", "repeat"):
-        cpu, wall = media_benchmark.cpu_seconds(), time.monotonic()
+        cpu, wall = cpu_seconds(), time.monotonic()
         n_frames = upstream(models, task) if side == "upstream" else ours(models, task, avatars)
         took.append(
             Took(
                 side=name,
                 n_frames=n_frames,
                 wall_s=time.monotonic() - wall,
-                cpu_s=media_benchmark.cpu_seconds() - cpu,
-                peak_rss_mib=media_benchmark.memory("VmHWM") / 2**20,
+                cpu_s=cpu_seconds() - cpu,
+                peak_rss_mib=memory("VmHWM") / 2**20,
             )
         )
     return took
@@ -159,7 +162,7 @@ def run_side(side: str, given: argparse.Namespace, files: tuple[Path, Path], box
         command += ["--source", str(files[0]), "--audio", str(files[1]), "--box", ",".join(map(str, box))]
         for name in ("model", "device", "dtype", "batch", "threads"):
             command += [f"--{name}", str(getattr(given, name))]
-        done = subprocess.run(command, cwd=media_benchmark.ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return [Took(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
 
 
@@ -189,17 +192,13 @@ def table(size: str, sides: dict[str, Took]) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", choices=SIZES, default="tiny")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser = arguments_for(__doc__, "tiny")
     parser.add_argument("--dtype", default="float32", help="of both sides")
     parser.add_argument("--sizes", default="720p,1080p")
     parser.add_argument("--seconds", type=float, default=4, help="length of the speech")
     parser.add_argument("--source-seconds", type=float, default=2, help="length of the source, which goes to and fro")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--json", type=Path)
     for hidden in ("--side", "--folder", "--source", "--audio", "--box"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -220,14 +219,14 @@ def main() -> None:
     print(f"{'size':<7}{'side':<10}{'frames':>7}{'wall ms':>10}{'CPU ms':>9}{'fps':>8}{'RSS MiB':>9}{'x':>9}")
     with tempfile.TemporaryDirectory(prefix="upstream-like-media-") as name:
         for size in given.sizes.split(","):
-            frame, face = media_benchmark.SIZES[size]
+            frame, face = FRAME_SIZES[size]
             source, audio = Path(name) / f"{size}.mp4", Path(name) / f"{size}.wav"
-            media_benchmark.make_clip(source, frame, face, round(25 * given.source_seconds))
-            media_benchmark.make_audio(audio, Fraction(given.seconds))
+            make_clip(source, frame, face, round(25 * given.source_seconds))
+            make_audio(audio, Fraction(given.seconds))
             runs: dict[str, list[Took]] = {}
             for _ in range(given.rounds):
                 for side in ("upstream", "ours"):
-                    for took in run_side(side, given, (source, audio), media_benchmark.centred_box(frame, face)):
+                    for took in run_side(side, given, (source, audio), centred_box(frame, face)):
                         runs.setdefault(took.side, []).append(took)
             results[size] = {side: median_of(rounds) for side, rounds in runs.items()}
             print(table(size, results[size]), flush=True)

@@ -25,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from demo import speech
+from demo.identity import Identity, random_identity
 from demo.make_pair import FPS, MEDIA, natural_poses, write_clip, write_sound
-from demo.portrait import Identity, Portrait, Pose, random_identity
+from demo.portrait import Portrait, Pose
 from demo.stages import MODELS
 from demo.visemes import NAMES, SHUT, track
 from musetalk.media import EncoderSettings

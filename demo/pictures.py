@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from demo.encoder import corpus
-from demo.portrait import Identity, Portrait, Pose, random_identity
+from demo.identity import Identity, random_identity
+from demo.portrait import Portrait, Pose
 from demo.stages import BUILD
 from demo.visemes import SHUT
 from musetalk.generator import crop_patch

@@ -15,47 +15,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from demo.drawing import SCALE, Canvas, Image, curve, ellipse, mirrored, mixed, rgb
+from demo.identity import Identity
+
 SIZE = 512
-# The head is drawn at twice the size; lines are smooth after it was reduced.
-SCALE = 2
 # Where the origin of the face lies in the portrait, and the point the head turns about.
 CENTRE = (256.0, 226.0)
 PIVOT = (0.0, 190.0)
-
-Image = NDArray[np.float32]
-Colour = tuple[float, float, float]
-Points = Sequence[tuple[float, float]]
-
-
-def rgb(red: int, green: int, blue: int) -> Colour:
-    """A colour as designers write it."""
-    return blue / 255, green / 255, red / 255
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who is drawn; the default is the demo's avatar. Lengths in px of the portrait."""
-
-    skin: Colour = rgb(236, 196, 170)
-    shade: Colour = rgb(188, 128, 104)
-    blush: Colour = rgb(224, 132, 118)
-    lips: Colour = rgb(190, 92, 90)
-    hair: Colour = rgb(74, 46, 34)
-    hair_light: Colour = rgb(138, 92, 62)
-    iris: Colour = rgb(86, 122, 110)
-    clothes: Colour = rgb(58, 98, 116)
-    back_top: Colour = rgb(214, 222, 224)
-    back_bottom: Colour = rgb(150, 170, 178)
-    cheek: float = 91.0
-    jaw: float = 73.0
-    chin: float = 134.0
-    mouth_half: float = 30.0
-    mouth_y: float = 87.0
-    lip_height: float = 1.0
-    eye_half: float = 20.0
-    brow: float = 1.0
-    long_hair: bool = True
-    fringe: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,85 +35,6 @@ class Pose:
     blink: float = 0.0
     gaze: tuple[float, float] = (0.0, 0.0)
     light: float = 1.0
-
-
-@dataclass
-class Canvas:
-    """A picture float32 (h, w, 3) in face coordinates, at SCALE px a unit; `origin` is the face point at its corner."""
-
-    pixels: Image
-    origin: tuple[float, float]
-    alpha: Image | None = None
-
-    def _places(self, points: Points) -> NDArray[np.int32]:
-        placed = (np.asarray(points, np.float64) - self.origin) * SCALE
-        return np.round(placed * 16).astype(np.int32)
-
-    def mask(self, points: Points, blur: float = 0.0) -> Image:
-        """Coverage 0..1 of a filled outline, softened by a Gaussian of `blur` units."""
-        cover = np.zeros(self.pixels.shape[:2], np.uint8)
-        cv2.fillPoly(cover, [self._places(points)], 255, cv2.LINE_AA, 4)
-        soft: Image = np.asarray(cover, np.float32) / np.float32(255)
-        return np.asarray(cv2.GaussianBlur(soft, (0, 0), blur * SCALE), np.float32) if blur > 0 else soft
-
-    def stroke(self, points: Points, width: float, blur: float = 0.0) -> Image:
-        """Coverage of an open line."""
-        cover = np.zeros(self.pixels.shape[:2], np.uint8)
-        thick = max(1, round(width * SCALE))
-        cv2.polylines(cover, [self._places(points)], False, 255, thick, cv2.LINE_AA, 4)
-        soft: Image = np.asarray(cover, np.float32) / np.float32(255)
-        return np.asarray(cv2.GaussianBlur(soft, (0, 0), blur * SCALE), np.float32) if blur > 0 else soft
-
-    def paint(self, mask: Image, colour: Colour | Image, strength: float = 1.0) -> None:
-        """Colour over what is there, under the mask; makes the place opaque where the canvas has an alpha."""
-        weight = (mask * strength)[..., None]
-        self.pixels += weight * (np.asarray(colour, np.float32) - self.pixels)
-        if self.alpha is not None:
-            self.alpha[:] = np.maximum(self.alpha, mask * strength)
-
-    def shade(self, mask: Image, colour: Colour, strength: float) -> None:
-        """Colour without making anything opaque."""
-        self.pixels += (mask * strength)[..., None] * (np.asarray(colour, np.float32) - self.pixels)
-
-    def fill(self, points: Points, colour: Colour, *, blur: float = 0.0, strength: float = 1.0) -> None:
-        """A filled outline."""
-        self.paint(self.mask(points, blur), colour, strength)
-
-
-def curve(points: Points, *, closed: bool = True, n: int = 12) -> list[tuple[float, float]]:
-    """A Catmull-Rom curve through the points."""
-    given = np.asarray(points, np.float64)
-    around = (
-        np.concatenate([given[-1:], given, given[:2]]) if closed else np.concatenate([given[:1], given, given[-1:]])
-    )
-    shares = np.linspace(0, 1, n, endpoint=False)[:, None]
-    pieces = []
-    for index in range(len(around) - 3):
-        a, b, c, d = around[index : index + 4]
-        pieces.append(
-            0.5
-            * (2 * b + (c - a) * shares + (2 * a - 5 * b + 4 * c - d) * shares**2 + (3 * b - a - 3 * c + d) * shares**3)
-        )
-    line = np.concatenate(pieces if closed else [*pieces, given[-1:]])
-    return [(float(x), float(y)) for x, y in line]
-
-
-def mirrored(points: Points) -> list[tuple[float, float]]:
-    """The left side's points after the right side's, for an outline that is given by its right half from top down."""
-    right = list(points)
-    return right + [(-x, y) for x, y in reversed(right) if x != 0]
-
-
-def ellipse(x: float, y: float, rx: float, ry: float, n: int = 40) -> list[tuple[float, float]]:
-    """Points of an ellipse."""
-    angles = np.linspace(0, 2 * np.pi, n, endpoint=False)
-    return [(x + rx * float(np.cos(a)), y + ry * float(np.sin(a))) for a in angles]
-
-
-def mixed(first: Colour, second: Colour, share: float) -> Colour:
-    """`share` of the second colour."""
-    a, b, c = (one + share * (two - one) for one, two in zip(first, second, strict=True))
-    return a, b, c
 
 
 # The head's canvas in face units: x0, y0, x1, y1.
@@ -616,46 +503,3 @@ class Portrait:
         placing = self.placing(pose)
         placed: NDArray[np.float64] = points @ placing[:, :2].T + placing[:, 2]
         return placed
-
-
-def random_identity(random: np.random.Generator) -> Identity:
-    """Somebody else: skin, hair, eyes, clothes, proportions."""
-
-    def near(colour: Colour, spread: float) -> Colour:
-        a, b, c = (float(np.clip(value + random.normal(0, spread), 0.02, 0.98)) for value in colour)
-        return a, b, c
-
-    tone = float(random.uniform(0, 1))
-    skin = near(mixed(rgb(246, 212, 190), rgb(112, 72, 50), tone), 0.02)
-    shade = mixed(skin, mixed(rgb(150, 80, 60), (0, 0, 0), tone * 0.6), 0.5)
-    hair = near(
-        (rgb(40, 30, 28), rgb(74, 46, 34), rgb(120, 78, 44), rgb(196, 156, 100), rgb(150, 66, 36), rgb(150, 148, 146))[
-            int(random.integers(6))
-        ],
-        0.02,
-    )
-    back = near(mixed(rgb(220, 220, 224), rgb(90, 110, 130), float(random.uniform(0, 1))), 0.08)
-    return Identity(
-        skin=skin,
-        shade=shade,
-        blush=mixed(skin, rgb(210, 90, 86), 0.5),
-        lips=near(mixed(rgb(196, 96, 94), mixed(skin, rgb(120, 40, 40), 0.4), float(random.uniform(0, 1))), 0.03),
-        hair=hair,
-        hair_light=mixed(hair, (0.7, 0.85, 1.0), 0.3),
-        iris=near(
-            (rgb(86, 122, 110), rgb(84, 56, 36), rgb(86, 120, 160), rgb(110, 104, 60))[int(random.integers(4))], 0.03
-        ),
-        clothes=near(rgb(*(int(value) for value in random.integers(30, 220, 3))), 0.01),
-        back_top=mixed(back, (1, 1, 1), 0.2),
-        back_bottom=mixed(back, (0, 0, 0), 0.2),
-        cheek=float(random.uniform(82, 97)),
-        jaw=float(random.uniform(64, 84)),
-        chin=float(random.uniform(126, 142)),
-        mouth_half=float(random.uniform(25, 35)),
-        mouth_y=float(random.uniform(83, 91)),
-        lip_height=float(random.uniform(0.7, 1.35)),
-        eye_half=float(random.uniform(17, 22)),
-        brow=float(random.uniform(0.6, 1.8)),
-        long_hair=bool(random.random() < 0.5),
-        fringe=float(random.uniform(-8, 22)),
-    )

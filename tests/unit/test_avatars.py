@@ -117,7 +117,7 @@ def test_an_arena_keeps_arrays_apart_and_as_they_were(sizes: list[int]) -> None:
 MEMORY = """
 import sys
 import numpy as np
-from benchmarks.media import memory
+from benchmarks.measuring import memory
 from musetalk.avatars import Arena
 arena, kept, before = Arena(), [], memory("VmRSS")
 np.empty(4 * 2**20, np.uint8).fill(1)

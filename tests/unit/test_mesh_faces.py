@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo.portrait import Portrait, Pose, random_identity
+from demo.identity import random_identity
+from demo.portrait import Portrait, Pose
 from demo.visemes import SHUT
 from errors import WeightsError
 from musetalk import mesh_faces
