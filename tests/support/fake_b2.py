@@ -7,6 +7,7 @@ its name: `b2_authorize_account`, `b2_get_upload_url`, ..., and `upload`, `uploa
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import socket
@@ -14,9 +15,11 @@ import struct
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from tests.support.loopback import LoopbackServer
 
 ACCOUNT = "0123456789ab"
 BUCKET_ID = "b" * 24
@@ -106,22 +109,17 @@ class FakeB2:
         self._lock = threading.RLock()
         self._connections: set[socket.socket] = set()
         self._server = self._make_server()
-        self.realm = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self.realm = f"http://127.0.0.1:{self._server.port}"
 
-    def _make_server(self) -> ThreadingHTTPServer:
+    def _make_server(self) -> LoopbackServer:
         fake = self
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
+        class Server(LoopbackServer):
             def finish_request(self, request: Any, client_address: Any) -> None:
                 with fake._lock:
                     fake._connections.add(request)
                 try:
                     super().finish_request(request, client_address)
-                except OSError:
-                    pass  # the client hung up, or the fake closes
                 finally:
                     with fake._lock:
                         fake._connections.discard(request)
@@ -130,23 +128,19 @@ class FakeB2:
         class Handler(_Handler):
             b2 = fake
 
-        return Server(("127.0.0.1", 0), Handler)
+        return Server(Handler)
 
     def __enter__(self) -> FakeB2:
-        self._thread.start()
+        self._server.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.closing.set()
-        self._server.shutdown()
-        self._thread.join()
         with self._lock:
             for connection in self._connections:
-                try:
+                with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue
-        self._server.server_close()
+        self._server.stop()
 
     def inject(self, call: str, *faults: Fault, times: int = 1) -> None:
         """Let the next calls of this name go wrong in this way."""

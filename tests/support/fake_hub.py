@@ -14,11 +14,12 @@ import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
 
 from musetalk.manifest import MANIFEST, WeightFile
+from tests.support.loopback import LoopbackServer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # pragma: allowlist secret
 SIGNATURE = "very-secret-signature"
@@ -96,17 +97,10 @@ class FakeHub:
             fake = hub
             host = "content"
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request: object, client_address: object) -> None:
-                """A client that hung up is what many tests want."""
-
-        self._servers = [Server(("127.0.0.1", 0), handler) for handler in (HubHandler, ContentHandler)]
-        self._threads = [threading.Thread(target=server.serve_forever, args=(0.02,)) for server in self._servers]
-        self.url = f"http://127.0.0.1:{self._servers[0].server_address[1]}"
+        self._servers = [LoopbackServer(handler) for handler in (HubHandler, ContentHandler)]
+        self.url = f"http://127.0.0.1:{self._servers[0].port}"
         # Another name: for the client this is another host, which must not get the hub's login.
-        self.content_url = f"http://localhost:{self._servers[1].server_address[1]}"
+        self.content_url = f"http://localhost:{self._servers[1].port}"
 
     @property
     def s3fd_url(self) -> str:
@@ -114,18 +108,16 @@ class FakeHub:
         return f"{self.content_url}/s3fd-619a316812.pth?sig={SIGNATURE}"
 
     def __enter__(self) -> FakeHub:
-        for thread in self._threads:
-            thread.start()
+        for server in self._servers:
+            server.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.go_on.set()
-        for server, thread in zip(self._servers, self._threads, strict=True):
-            server.shutdown()
-            thread.join()
-            server.server_close()
+        for server in self._servers:
+            server.stop()
 
     def serve_all(self, models_dir: Path) -> None:
         """Keep every file of the official layout in `models_dir` under its place on the hub."""

@@ -8,9 +8,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote
+
+from tests.support.loopback import LoopbackServer
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,15 @@ class FakeOrchestrator:
             def log_message(self, format: str, *args: object) -> None:
                 """Stay silent."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._server = LoopbackServer(Handler)
+        self.url = f"http://127.0.0.1:{self._server.port}"
 
     def __enter__(self) -> FakeOrchestrator:
-        self._thread.start()
+        self._server.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._server.stop()
 
     def of(self, kind: str, id: str | None = None) -> list[Call]:
         """The calls of one kind so far, about one id if given."""

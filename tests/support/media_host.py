@@ -13,9 +13,11 @@ import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from types import TracebackType
 from typing import Any
+
+from tests.support.loopback import LoopbackServer
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,7 @@ class MediaHost:
         self._context = self._tls(certificate) if certificate else None
         host = self
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            block_on_close = True
-
+        class Server(LoopbackServer):
             def get_request(self) -> tuple[socket.socket, Any]:
                 connection, address = super().get_request()
                 host.n_connections += 1
@@ -78,17 +77,14 @@ class MediaHost:
                     if host._context is not None:
                         request = host._context.wrap_socket(request, server_side=True)
                     super().finish_request(request, client_address)
-                except OSError:
-                    pass  # the client hung up, which many tests want
                 finally:
                     request.close()
 
         class Handler(_Handler):
             media_host = host
 
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._server = Server(Handler)
+        self.port = self._server.port
 
     def _tls(self, certificate: tuple[str, str]) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -97,16 +93,14 @@ class MediaHost:
         return context
 
     def __enter__(self) -> MediaHost:
-        self._thread.start()
+        self._server.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.closing.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        self._server.stop()
 
     def serve(self, path: str, *answers: Answer) -> str:
         """Answer requests for `path` (without query) in this order; returns the URL."""

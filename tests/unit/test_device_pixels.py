@@ -43,19 +43,17 @@ def apart(first: Any, second: Any) -> int:
     return int(np.abs(first.astype(int) - second).max()) if first.size else 0
 
 
-boxes = st.builds(
-    lambda x, y, w, h: Box(x, y, x + w, y + h),
-    st.integers(0, WIDTH - 40),
-    st.integers(0, HEIGHT - 40),
-    st.integers(1, 40),
-    st.integers(1, 40),
-)
+def boxes(least_px: int, most_px: int) -> st.SearchStrategy[Box]:
+    """Boxes inside the frame with sides of `least_px` to `most_px`."""
+    sides = st.integers(least_px, most_px)
+    corners = (st.integers(0, WIDTH - most_px), st.integers(0, HEIGHT - most_px))
+    return st.builds(lambda x, y, w, h: Box(x, y, x + w, y + h), *corners, sides, sides)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @settings(deadline=None, max_examples=40)
 @given(
-    chosen=st.lists(boxes, min_size=1, max_size=4),
+    chosen=st.lists(boxes(1, 40), min_size=1, max_size=4),
     matrix=st.sampled_from(["bt601", "bt709"]),
     size=st.sampled_from([16, 33, 64]),
     draw=st.sampled_from([noisy, smooth]),
@@ -93,19 +91,10 @@ def plan_of(seed: int, box: Box, *, only_inside: bool = True) -> PastePlan:
     return PastePlan.prepare(weights, box, box, WIDTH, HEIGHT)
 
 
-pasted_boxes = st.builds(
-    lambda x, y, w, h: Box(x, y, x + w, y + h),
-    st.integers(0, WIDTH - 60),
-    st.integers(0, HEIGHT - 60),
-    st.integers(8, 60),
-    st.integers(8, 60),
-)
-
-
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @settings(deadline=None, max_examples=40)
 @given(
-    chosen=st.lists(pasted_boxes, min_size=1, max_size=4),
+    chosen=st.lists(boxes(8, 60), min_size=1, max_size=4),
     matrix=st.sampled_from(["bt601", "bt709"]),
     draw=st.sampled_from([noisy, smooth]),
 )
