@@ -37,7 +37,16 @@ from fitness import check_room, release_memory
 from job_control import JobControl, StopReason
 from jobs import Job, JobParams, JobResult, Stage, sidecar_body
 from storage import B2Settings, LocalStoreSettings, Store, open_store
-from telemetry import Metrics, StageClock, configure_logging, job_logging, keep_secret, logger, peak_memory_kb
+from telemetry import (
+    Metrics,
+    StageClock,
+    configure_logging,
+    job_logging,
+    keep_secret,
+    logger,
+    outcome_of,
+    peak_memory_kb,
+)
 
 if TYPE_CHECKING:
     from musetalk.fetching import Watcher
@@ -590,11 +599,11 @@ def _video_facts(summary: RenderSummary) -> dict[str, object]:
 def _log_end(clock: StageClock, error: BaseException | None, **facts: object) -> None:
     """The one line per job that says how it went."""
     times = {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()}
-    outcome: dict[str, object] = {"outcome": "succeeded"}
+    outcome: dict[str, object] = {"outcome": outcome_of(error)}
     if isinstance(error, MuseTalkError):
-        outcome = {"outcome": "failed", "error_type": error.error_type, "reason": error.message, "stage": error.stage}
+        outcome.update(error_type=error.error_type, reason=error.message, stage=error.stage)
     elif error is not None:
-        outcome = {"outcome": "failed", "error_type": "unknown_error", "reason": type(error).__name__}
+        outcome.update(error_type="unknown_error", reason=type(error).__name__)
     unforeseen = error is not None and not isinstance(error, MuseTalkError)
     logger.log(
         40 if unforeseen else 20,

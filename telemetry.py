@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 
-from errors import MuseTalkError
-from jobs import Stage
+from errors import JobCancelledError, MediaError, MuseTalkError, ProcessingError, ShutdownError
+from jobs import STAGES, Stage
 
 logger = logging.getLogger("musetalk")
 
@@ -140,8 +140,18 @@ def peak_memory_kb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+Outcome = Literal["succeeded", "failed", "cancelled", "handed_back"]
 # Upper bounds in seconds: a stage is a tenth of a second to half an hour.
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1800)
+
+
+def outcome_of(error: BaseException | None) -> Outcome:
+    """How a job ended that was begun; one that nobody wants or that goes to another worker did not fail."""
+    if isinstance(error, JobCancelledError):
+        return "cancelled"
+    if isinstance(error, ShutdownError):
+        return "handed_back"
+    return "succeeded" if error is None else "failed"
 
 
 class Metrics:
@@ -167,8 +177,12 @@ class Metrics:
         self._readers: dict[str, tuple[str, Callable[[], float]]] = {}
         self._memory: Callable[[], Mapping[str, float]] = dict
         self._registry.register(_Live(self))
-        for result in ("succeeded", "failed", "cancelled", "rejected"):
+        for result in (*get_args(Outcome), "rejected"):
             self._jobs.labels(result)
+        # All of them at once: a counter that first appears as 1 never rises from 0, so no rule sees the first failure.
+        for kind in (MediaError, ProcessingError, MuseTalkError):
+            for stage in (*STAGES, "unknown"):
+                self._errors.labels(kind.error_type, stage)
 
     def rejected(self) -> None:
         """A job was refused because the worker could not take it."""
@@ -176,15 +190,13 @@ class Metrics:
 
     def ended(self, clock: StageClock, error: BaseException | None, n_frames: int = 0) -> None:
         """A job ended, well (None) or with `error`."""
-        result = "succeeded" if error is None else "failed"
-        if isinstance(error, MuseTalkError) and error.http_status == 409:
-            result = "cancelled"
+        result = outcome_of(error)
         self._jobs.labels(result).inc()
         self._job_seconds.labels(result).observe(clock.total_s)
         for stage, seconds in clock.seconds.items():
             self._stage_seconds.labels(stage).observe(seconds)
         self._frames.inc(n_frames)
-        if error is not None:
+        if result == "failed":
             kind = error.error_type if isinstance(error, MuseTalkError) else "unknown_error"
             self._errors.labels(kind, getattr(error, "stage", None) or "unknown").inc()
 

@@ -131,7 +131,7 @@ def _animation(image: Any, limits: MediaLimits, n_most: int) -> Iterator[tuple[U
             pixels = _bgr(image, limits)
         except MuseTalkError:
             raise
-        except Exception:  # noqa: BLE001 - Pillow's readers raise anything at all where a file is cut or damaged
+        except Exception:  # Pillow's readers raise anything at all where a file is cut or damaged
             if index == first:
                 raise
             return

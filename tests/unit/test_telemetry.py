@@ -7,7 +7,8 @@ import logging
 
 import pytest
 
-from errors import JobCancelledError, MediaError
+from errors import JobCancelledError, MediaError, ShutdownError
+from jobs import STAGES
 from telemetry import JsonFormatter, Metrics, StageClock, job_logging, keep_secret
 
 
@@ -95,6 +96,7 @@ def test_metrics_count_ends_by_result_and_stage() -> None:
     failed.stage = "download"
     metrics.ended(clock, failed)
     metrics.ended(clock, JobCancelledError("the job was cancelled"))
+    metrics.ended(clock, ShutdownError("the worker ends"))
     metrics.rejected()
     metrics.built(version="1", model="v15", device="cpu", torch="2")
     metrics.read("musetalk_heartbeat_age_seconds", "Age.", lambda: 3.5)
@@ -104,13 +106,25 @@ def test_metrics_count_ends_by_result_and_stage() -> None:
         'musetalk_jobs_total{result="succeeded"} 1.0',
         'musetalk_jobs_total{result="failed"} 1.0',
         'musetalk_jobs_total{result="cancelled"} 1.0',
+        'musetalk_jobs_total{result="handed_back"} 1.0',
         'musetalk_jobs_total{result="rejected"} 1.0',
         'musetalk_job_errors_total{error_type="media_error",stage="download"} 1.0',
         "musetalk_frames_total 25.0",
         "musetalk_heartbeat_age_seconds 3.5",
         'musetalk_gpu_memory_bytes{kind="used"} 5.0',
         'musetalk_build_info{device="cpu",model="v15",torch="2",version="1"} 1.0',
-        'musetalk_stage_duration_seconds_count{stage="inference"} 3.0',
+        'musetalk_stage_duration_seconds_count{stage="inference"} 4.0',
     ):
         assert line in text.splitlines(), line
     assert "process_resident_memory_bytes" in text
+
+
+def test_cancelled_and_handed_back_jobs_are_nobodys_error() -> None:
+    metrics = Metrics()
+    before = [line for line in metrics.text().decode().splitlines() if "musetalk_job_errors_total" in line]
+    # Every kind and stage is there from the start, or no rule sees the first failure.
+    assert len(before) > 3 * len(STAGES)
+    for error in (JobCancelledError("not wanted"), ShutdownError("the worker ends")):
+        error.stage = "inference"
+        metrics.ended(StageClock(), error)
+    assert [line for line in metrics.text().decode().splitlines() if "musetalk_job_errors_total" in line] == before
