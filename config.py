@@ -156,7 +156,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("DOWNLOAD_TIMEOUT_SEC", "download_timeout_s", _seconds(1, 86400), "Limit for one whole download, retries included.", "300"),
     Variable("OUTPUT_DIR", "output_dir", _path, "Folder the finished files go to; the worker serves it at `/outputs/<name>`.", "outputs"),
     Variable("PUBLIC_BASE_URL", "public_base_url", _text, "What callers reach this server by; unset: `http://localhost:<port>`.", ""),
-    Variable("WORK_DIR", "work_dir", _path, "Folder for the files of running jobs; emptied of old jobs at start.", "work"),
+    Variable("WORK_DIR", "work_dir", _path, "Folder for the files of running jobs, one worker's alone; emptied of old jobs at start.", "work"),
     Variable("B2_KEY_ID", "b2_key_id", _text, "Backblaze B2 key id; with the two below, finished files go to the bucket.", "", secret=True),
     Variable("B2_APP_KEY", "b2_app_key", _text, "Backblaze B2 application key.", "", secret=True),
     Variable("B2_BUCKET_NAME", "b2_bucket", _text, "Backblaze B2 bucket.", ""),

@@ -33,7 +33,7 @@ from errors import (
     ProcessingError,
     UnavailableError,
 )
-from fitness import check_room, release_memory
+from fitness import FolderLock, check_room, release_memory
 from job_control import JobControl, StopReason
 from jobs import Job, JobParams, JobResult, Stage, sidecar_body
 from storage import B2Settings, LocalStoreSettings, Store, open_store
@@ -140,6 +140,8 @@ class Core:
         self._engine: Engine | None = None
         self._loader = EngineLoader(settings, self.metrics, watcher=fetch_watcher)
         self._failure: str | None = None
+        self._waits_for: str | None = None
+        self._work_dir_lock: FolderLock | None = None
         self._is_lost = threading.Lock()
         # A plain flag: it is set by a signal's handler, where taking a lock may never return.
         self._is_draining = False
@@ -184,14 +186,38 @@ class Core:
 
         def run() -> None:
             try:
+                self._take_work_dir()
                 self.load()
             except Exception as error:  # noqa: BLE001 - readiness tells it; the thread has no caller
                 logger.error("models could not be loaded", extra={"reason": str(error)})
 
-        clean_work_dir(self.settings.work_dir)
         thread = threading.Thread(target=run, name="model-loader", daemon=True)
         thread.start()
         return thread
+
+    def _take_work_dir(self) -> None:
+        """Wait until no other worker uses the folder, then empty it of what a killed one left behind.
+
+        Two workers in one folder would take each other's running jobs for remains.
+        """
+        try:
+            lock = FolderLock(self.settings.work_dir)
+        except OSError:
+            # Loading looks at the folder as well, and says what is wrong with it.
+            return
+        if not lock.acquire():
+            self._waits_for = "another worker uses WORK_DIR; each needs a folder of its own"
+            logger.error(self._waits_for)
+            while not lock.acquire():
+                time.sleep(1.0)
+            self._waits_for = None
+        self._work_dir_lock = lock
+        clean_work_dir(self.settings.work_dir)
+
+    @property
+    def owns_work_dir(self) -> bool:
+        """Whether what lies in WORK_DIR is this worker's to use and to remove."""
+        return self._work_dir_lock is not None
 
     def refuse(self, reason: str) -> None:
         """Take no job at all, for a reason that only a person can change."""
@@ -257,7 +283,7 @@ class Core:
         if self._failure is not None:
             return Readiness("failed", model, self._failure)
         if self._engine is None:
-            return Readiness("starting", model, self._loader.state)
+            return Readiness("starting", model, self._waits_for or self._loader.state)
         if self._is_draining:
             return Readiness("draining", model, "the worker is shutting down")
         for problem in self._watched:

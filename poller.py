@@ -197,10 +197,16 @@ class Poller:
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._problem: str | None = None
-        self._report_orphan()
 
     def run(self) -> None:
         """Claim and run jobs until told to stop; whatever goes wrong in a round, the loop goes on."""
+        # Another worker's running job must not be taken for one that a killed process left.
+        while not self.core.owns_work_dir:
+            if self._stopping.wait(0.2):
+                self.heartbeat.stop()
+                self._orchestrator.close()
+                return
+        self.hand_back_orphan()
         while not self._stopping.is_set():
             try:
                 pause = self.step()
@@ -360,7 +366,7 @@ class Poller:
             self._next_report = time.monotonic() + self._report_backoff.next_s(reply.retry_after_s)
             return
 
-    def _report_orphan(self) -> None:
+    def hand_back_orphan(self) -> None:
         """A job that a killed process had claimed is handed back as retryable."""
         try:
             buffer_job_id = json.loads(self._current_path.read_text(encoding="utf-8"))["id"]

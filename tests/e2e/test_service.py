@@ -18,7 +18,7 @@ import requests
 
 from musetalk import media
 from tests.e2e.test_render import FACE, make_audio, make_source
-from tests.support.server import START_LIMIT_S, Server
+from tests.support.server import START_LIMIT_S, Server, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_job_comes_back_with_a_video_that_can_be_fetched(server: Server, tmp_p
 def test_nothing_of_a_job_is_left_in_the_work_folder(server: Server) -> None:
     server.post(server.job("second"))
     server.post(server.job("third", video_url=(server.folder / "media/audio.wav").as_uri()))
-    assert [path.name for path in (server.folder / "work").iterdir()] == ["of-somebody-else"]
+    assert {path.name for path in (server.folder / "work").iterdir()} == {"of-somebody-else", ".lock"}
 
 
 def test_bad_input_is_named_and_ours_stays_secret(server: Server) -> None:
@@ -155,6 +155,38 @@ def test_sigterm_lets_the_running_job_finish(tmp_path: Path, tiny_models: Path) 
         assert (tmp_path / "outputs/last.mp4").is_file()
     finally:
         server.stop()
+
+
+def test_a_second_worker_in_the_same_work_folder_waits_and_leaves_the_running_job_alone(
+    tmp_path: Path, tiny_models: Path
+) -> None:
+    first, folder = Server(tmp_path, tiny_models, faulty=True), tmp_path / "second"
+    folder.mkdir()
+    make_source(tmp_path / "media/source.mp4", 10)
+    make_audio(tmp_path / "media/audio.wav", 0.4)
+    servers = [first]
+    try:
+        first.wait_for(200)
+        first.command("hold-inference")
+        answers: list[requests.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(first.post(first.job("mine"))))
+        thread.start()
+        first.wait_held("inference")
+        second = Server(folder, tiny_models, WORK_DIR=str(tmp_path / "work"))
+        servers.append(second)
+        wait_until(lambda: second.entries_starting("another worker uses WORK_DIR"))
+        status, body = second.health()
+        assert (status, body["status"]) == (503, "starting")
+        assert "another worker uses WORK_DIR" in body["reason"]
+        assert len(first.leftovers()) == 1
+        first.release("hold-inference")
+        thread.join()
+        assert answers[0].status_code == 200
+        first.stop()
+        second.wait_for(200)
+    finally:
+        for server in servers:
+            server.stop()
 
 
 def test_sigterm_sent_to_every_process_several_times_ends_without_a_traceback(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from config import ROOT
 from errors import DiskFullError
-from fitness import check_room, folder_problem, has_gpu_hardware
+from fitness import FolderLock, check_room, folder_problem, has_gpu_hardware
 
 
 def test_a_folder_is_made_and_fit(tmp_path: Path) -> None:
@@ -32,6 +35,25 @@ def test_a_folder_that_cannot_be_made_is_named_by_its_setting(tmp_path: Path) ->
     assert problem is not None
     assert problem.startswith("OUTPUT_DIR cannot be written")
     assert str(tmp_path) not in problem
+
+
+def test_a_folder_is_locked_once_and_a_killed_process_gives_it_back(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    taking = f"from fitness import *; l = FolderLock(Path({str(folder)!r})); print(l.acquire(), flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", taking], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "True\n"
+        mine = FolderLock(folder)
+        assert not mine.acquire()
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert mine.acquire()
+    assert mine.acquire()
+    assert not FolderLock(folder).acquire()
 
 
 @pytest.mark.parametrize(("names", "expected"), [((), False), (("nvidiactl",), False), (("nvidia0", "null"), True)])

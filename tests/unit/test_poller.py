@@ -191,13 +191,18 @@ def test_the_job_of_a_killed_process_is_handed_back_once(
     core: ScriptedCore, far_side: FakeOrchestrator, tmp_path: Path
 ) -> None:
     (tmp_path / "claimed.json").write_text('{"id": "b-9"}', encoding="utf-8")
-    poller = make_poller(core, far_side, tmp_path)
-    ((_, report),) = poller.outbox.reports()
+
+    def look() -> list[Any]:
+        poller = make_poller(core, far_side, tmp_path)
+        poller.hand_back_orphan()
+        return poller.outbox.reports()
+
+    ((_, report),) = look()
     assert report.buffer_job_id == "b-9"
     assert (report.body["status"], report.body["retryable"]) == ("failed", True)
-    assert len(make_poller(core, far_side, tmp_path).outbox.reports()) == 1
+    assert len(look()) == 1
     (tmp_path / "claimed.json").write_text("{", encoding="utf-8")
-    make_poller(core, far_side, tmp_path)
+    look()
     assert not (tmp_path / "claimed.json").exists()
 
 
@@ -206,7 +211,9 @@ def test_the_end_that_was_reached_wins_over_the_process_that_died(
 ) -> None:
     Outbox(tmp_path / "outbox").put(Report("b-9", {"status": "succeeded"}, 1.0))
     (tmp_path / "claimed.json").write_text('{"id": "b-9"}', encoding="utf-8")
-    ((_, report),) = make_poller(core, far_side, tmp_path).outbox.reports()
+    poller = make_poller(core, far_side, tmp_path)
+    poller.hand_back_orphan()
+    ((_, report),) = poller.outbox.reports()
     assert report.body["status"] == "succeeded"
 
 
