@@ -235,6 +235,8 @@ def main() -> int:
     except MuseTalkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if settings.is_buffer_mode:
+        print("buffer mode: this local server claims no job, ./run_worker.sh does", file=sys.stderr)
     app = create_app(with_playground=True)
     host = "0.0.0.0" if bind_addresses(settings.host, 0)[0].startswith("0.0.0.0") else settings.host  # noqa: S104
     print(f"http://localhost:{settings.port}/ is a page to try it on, /hc says when it is ready", file=sys.stderr)

@@ -42,7 +42,7 @@ from b2sdk.v3.exception import (
 )
 
 from connections import CutSwitch, SwitchedAdapter, describe
-from errors import CancelledError, DeadlineError, ProcessingError, StorageError
+from errors import CancelledError, DeadlineError, MuseTalkError, ProcessingError, SettingsError, StorageError
 from storage import B2Settings, StoredObject, TimeLimit, object_name, sha1_of, sidecar_bytes
 
 logger = logging.getLogger("musetalk.backblaze")
@@ -54,6 +54,7 @@ SIDECAR_TYPE = "application/json"
 
 _POLL_S = 0.05
 _MAX_SIDECAR_S = 30.0
+_CHECK_S = 20.0
 
 T = TypeVar("T")
 
@@ -140,6 +141,25 @@ class B2Store:
         self._lines: list[_Line] = []
         self._lock = threading.Lock()
         self._is_private = settings.is_private
+
+    def check(self) -> None:
+        """Authorize, look the bucket up, and see whether the key may write where videos go; see Store.check."""
+        try:
+            self._once(self._look, TimeLimit(_CHECK_S, lambda: False))
+        except Exception as problem:  # noqa: BLE001 - b2sdk raises AssertionError, KeyError, ValueError as well
+            self._forget(problem)
+            reason = str(problem) if isinstance(problem, MuseTalkError) else self._reason(problem)
+            if isinstance(problem, (*_WRONG_SETTINGS, SettingsError)):
+                raise SettingsError(f"B2 would take no file: {reason}") from None
+            logger.warning("B2 could not be asked whether it takes files: %s", reason)
+
+    def _look(self, line: _Line) -> None:
+        self._bucket(line)
+        allowed = self._account.get_allowed() or {}
+        if "writeFiles" not in allowed.get("capabilities", ["writeFiles"]):
+            raise SettingsError("the key may not write files")
+        if not object_name(self.settings.prefix, "x").startswith(allowed.get("namePrefix") or ""):
+            raise SettingsError("the key may not write names that begin with B2_PREFIX")
 
     def upload(
         self,
@@ -309,17 +329,16 @@ _REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (CapExceeded, "the account's cap on calls is exceeded"),
     (TooManyRequests, "B2 has too many requests"),
 )
-_REFUSALS = (
+# What only other settings change.
+_WRONG_SETTINGS = (
     Unauthorized,
     NonExistentBucket,
     BucketIdNotFound,
     RestrictedBucket,
-    CapExceeded,
     AccessDenied,
     NotAllowedByAppKeyError,
-    ClockSkew,
-    UnusableFileName,
 )
+_REFUSALS = (*_WRONG_SETTINGS, CapExceeded, ClockSkew, UnusableFileName)
 
 
 def _is_passing(problem: BaseException) -> bool:

@@ -112,7 +112,7 @@ VARIABLES: tuple[Variable, ...] = (
     # HTTP server
     Variable("WORKER_HOST", "host", _text, "Address the HTTP server listens on; `::` is every IPv4 and IPv6 address of the machine.", "::"),
     Variable("WORKER_PORT", "port", _whole(1, 65535), "Port of the HTTP server.", "8000"),
-    Variable("GRACEFUL_TIMEOUT_SEC", "graceful_timeout_s", _seconds(1, 3600), "Time from SIGTERM to the end of the process; ten seconds before it a running job is handed back as retryable.", "120"),
+    Variable("GRACEFUL_TIMEOUT_SEC", "graceful_timeout_s", _seconds(1, 3600), "Time from SIGTERM to the end of the process; ten seconds before it (of less than 20 s, after half) a running job is handed back as retryable.", "120"),
     Variable("PLAYGROUND", "playground", _flag, "1 serves a page at `/` to try the worker on, and takes uploads; `python app.py` always does.", "0"),
     Variable("MAX_BODY_BYTES", "max_body_bytes", _whole(1024, 2**30), "Largest body of a request.", "1000000"),
     # Model

@@ -69,7 +69,8 @@ class Lifecycle(threading.Thread):
     def run(self) -> None:
         """Do what the words say; the process ends by Gunicorn's hand, by an abort's, or by its own."""
         word = self._words.get()
-        ends = time.monotonic() + self._graceful_s - LAST_WORDS_S
+        # Of a short time the job gets half.
+        ends = time.monotonic() + self._graceful_s - min(LAST_WORDS_S, self._graceful_s / 2)
         self._core.drain()
         if (loop := self._claim_loop()) is not None:
             loop.stop()

@@ -187,9 +187,12 @@ class Core:
         def run() -> None:
             try:
                 self._take_work_dir()
+                # Before gigabytes are fetched for a worker that could store nothing.
+                self._store.check()
                 self.load()
             except Exception as error:  # noqa: BLE001 - readiness tells it; the thread has no caller
-                logger.error("models could not be loaded", extra={"reason": str(error)})
+                self._failure = str(error)
+                logger.error("the worker cannot be made ready", extra={"reason": str(error)})
 
         thread = threading.Thread(target=run, name="model-loader", daemon=True)
         thread.start()

@@ -270,6 +270,7 @@ def failed_report(body: Mapping[str, object]) -> dict[str, object]:
         "error_type": body["error_type"],
         "stage": body["stage"],
         "retryable": body["retryable"],
+        "details": body.get("details") or {},
     }
 
 

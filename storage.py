@@ -46,6 +46,13 @@ class StoredObject:
 class Store(Protocol):
     """Where finished files go."""
 
+    def check(self) -> None:
+        """Find out before the first job what would keep every upload from working; tells the rest in the log.
+
+        Raises SettingsError when the store refuses what this worker was given (key, bucket, rights). One that cannot be
+        reached now may be there when the first video is finished.
+        """
+
     def upload(
         self,
         path: Path,
@@ -203,6 +210,9 @@ class LocalStore:
     def __init__(self, settings: LocalStoreSettings) -> None:
         self.folder = settings.folder
         self.public_base_url = settings.public_base_url.rstrip("/")
+
+    def check(self) -> None:
+        """Nothing: the folder is looked at with the others when the worker starts."""
 
     def upload(
         self,

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import requests
 
+import backblaze
 from backblaze import B2Store
-from errors import CancelledError, DeadlineError, StorageError
+from errors import CancelledError, DeadlineError, SettingsError, StorageError
 from storage import B2Settings, LocalStoreSettings, StoredObject, open_store
 from tests.support.fake_b2 import CAPABILITIES, FakeB2, Fault
+from tests.support.server import Server, wait_until
 
 BODY = random.Random(3).randbytes(250_000)
 SHA1 = hashlib.sha1(BODY).hexdigest()
@@ -258,6 +260,71 @@ def test_a_name_outside_the_keys_prefix_is_not_tried_for_ever(video: Path) -> No
     with FakeB2(name_prefix="elsewhere/") as b2:
         fail(b2, video)
         assert b2.count("upload") <= 5
+
+
+@pytest.mark.parametrize(
+    ("far_side", "mine", "text"),
+    [
+        ({}, {"app_key": "K000wrongappkey000"}, "invalid key"),
+        ({}, {"bucket": "elsewhere"}, "no such bucket"),
+        ({"restricted_to": "other"}, {}, "another bucket"),
+        ({"capabilities": ("listBuckets", "readFiles")}, {}, "may not write"),
+        ({"name_prefix": "elsewhere/"}, {}, "B2_PREFIX"),
+    ],
+    ids=["key", "bucket", "restricted", "rights", "prefix"],
+)
+def test_wrong_settings_are_found_before_the_first_job(
+    far_side: dict[str, Any], mine: dict[str, Any], text: str
+) -> None:
+    with FakeB2(**far_side) as b2:
+        store = B2Store(settings(b2, **mine))
+        with pytest.raises(SettingsError, match=text) as caught:
+            store.check()
+        store.close()
+        for secret in (*b2.key, "wrongappkey", "SECRETTOKEN", "127.0.0.1"):
+            assert secret not in str(caught.value)
+        assert b2.count("upload") == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"name_prefix": "avatar/"}, {"bucket_type": "allPrivate"}])
+def test_right_settings_pass_and_cost_the_first_upload_nothing(changes: dict[str, Any], video: Path) -> None:
+    with FakeB2(**changes) as b2:
+        store = B2Store(settings(b2))
+        store.check()
+        put(store, video)
+        assert b2.count("b2_authorize_account") == 1
+
+
+def test_a_b2_that_is_away_at_the_start_is_no_reason_to_refuse_jobs(
+    video: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backblaze, "_CHECK_S", 0.5)
+    with FakeB2() as b2:
+        away = settings(b2)
+    B2Store(away).check()
+    assert "B2 could not be asked" in caplog.text
+    assert "127.0.0.1" not in caplog.text
+
+
+def test_a_worker_with_a_wrong_key_never_becomes_ready_and_says_why(
+    b2: FakeB2, tmp_path: Path, tiny_models: Path
+) -> None:
+    server = Server(
+        tmp_path,
+        tiny_models,
+        B2_KEY_ID=b2.key[0],
+        B2_APP_KEY="K000wrongappkey000",
+        B2_BUCKET_NAME=b2.bucket,
+        B2_REALM=b2.realm,
+    )
+    try:
+        wait_until(lambda: server.entries("the worker cannot be made ready"))
+        status, body = server.health()
+        assert (status, body["status"]) == (503, "failed")
+        assert "B2 would take no file" in body["reason"]
+        assert "wrongappkey" not in server.log_text()
+    finally:
+        server.stop()
 
 
 def test_a_dead_b2_fails_with_the_reason(video: Path) -> None:

@@ -201,8 +201,10 @@ class FakeB2:
             "applicationKeyExpirationTimestamp": None,
         }
 
-    def need(self, capability: str, name: str = "") -> None:
-        if capability not in self.capabilities or not name.startswith(self.name_prefix or ""):
+    def need(self, capability: str, name: str | None = None) -> None:
+        """Refuse what the key may not do, or not to this name; buckets have no names in this sense."""
+        is_outside = name is not None and not name.startswith(self.name_prefix or "")
+        if capability not in self.capabilities or is_outside:
             raise RefusalError(401, "unauthorized", "not entitled")
 
     def b2_list_buckets(self, _: str, body: dict[str, Any]) -> dict[str, Any]:

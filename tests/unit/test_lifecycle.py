@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import lifecycle
-from lifecycle import EXIT_ABORTED, EXIT_RESTART, Lifecycle
+from lifecycle import EXIT_ABORTED, EXIT_RESTART, LAST_WORDS_S, Lifecycle
 
 
 class Notes:
@@ -62,6 +62,15 @@ def make(notes: Notes, graceful_s: float) -> Lifecycle:
     )
     life.start()
     return life
+
+
+def test_of_a_short_time_to_end_the_job_still_gets_half(notes: Notes) -> None:
+    assert LAST_WORDS_S > 0.6
+    life = make(notes, 0.6)
+    life.say("stop")
+    notes.wait_for("stop claiming")
+    assert "stop the job: shutdown" not in notes.done
+    notes.wait_for("stop the job: shutdown")
 
 
 @pytest.mark.usefixtures("quick")

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import MediaError, ProcessingError
+from errors import DownloadError, MediaError, ProcessingError
 from jobs import STAGES, error_body
 from orchestrator import (
     Orchestrator,
@@ -171,6 +171,12 @@ def test_the_text_of_a_failure_names_type_and_stage() -> None:
     assert retryable["status"] == "running"
     assert "the GPU is gone" in str(retryable["error"])
     json.dumps(report, allow_nan=False)
+
+
+def test_a_report_says_whether_the_same_address_may_work_later() -> None:
+    error = DownloadError("503 from media host", transient=True)
+    error.stage = "download"
+    assert failed_report(error_body(error)[1])["details"] == {"transient": True}
 
 
 def test_only_the_newest_progress_is_sent(far_side: FakeOrchestrator) -> None:
