@@ -22,9 +22,12 @@ from numpy.typing import NDArray
 from demo.evaluate import read_frames
 from demo.make_pair import AVATAR, SPEECH
 from demo.stages import MODELS
+from musetalk.blending import blend_mask, crop_for_parsing, face_mask
 from musetalk.devices import choose_dtype
+from musetalk.faces import smooth_boxes
+from musetalk.geometry import blend_box
 from musetalk.models import Models, load_models
-from musetalk.options import version_defaults
+from musetalk.options import MaskMode, version_defaults
 from musetalk.render import RenderSession
 
 Picture = NDArray[np.uint8]
@@ -32,6 +35,7 @@ Picture = NDArray[np.uint8]
 _HEAD = (slice(60, 420), slice(110, 402))
 _MOUTH = (slice(225, 355), slice(175, 337))
 _QUALITY = 85
+_PINK = (180, 60, 255)
 
 
 def render(models: Models, folder: Path, source: Path = AVATAR, audio: Path = SPEECH, **options: Any) -> list[Picture]:
@@ -95,8 +99,62 @@ def main() -> None:
             shown = [source[min(widest, len(source) - 1)][_MOUTH]]
             shown += [render(models, Path(name), **options)[widest][_MOUTH] for options in choices]
             save(folder, title, row(shown, 170))
-        save(folder, "silence", compare_silence(models, Path(name), source))
+        save(folder, "cheeks", compare_cheeks(models, source[0]))
+        save(folder, "smoothing", compare_smoothing(models, source[0]))
+        save(folder, "silence", compare_silence(models, Path(name)))
         save(folder, "loop", compare_loops(models, Path(name)))
+
+
+def compare_cheeks(models: Models, frame: Picture) -> Picture:
+    """The frame, and in pink what would be redrawn of it: three cheek widths with `jaw`, then `raw`."""
+    (face,) = models.faces.find([frame])
+    assert face is not None
+    margin = round(version_defaults("demo").margin_share * face.box.height)
+    box = face.box.with_bottom_margin(margin, len(frame))
+    around = blend_box(box)
+    (labels,) = models.parser.labels([crop_for_parsing(frame, around)])
+    part = (slice(150, 400), slice(130, 382))
+    shown = [frame[part]]
+    choices: list[tuple[MaskMode, int]] = [("jaw", 40), ("jaw", 90), ("jaw", 130), ("raw", 90)]
+    for mode, cheek in choices:
+        weights = np.zeros(frame.shape[:2], np.float32)
+        mask = blend_mask(face_mask(labels, mode, cheek, cheek), box, around).astype(np.float32) / 255
+        inside = around.clipped(frame.shape[1], frame.shape[0])
+        seen = inside.shifted(-around.x0, -around.y0)
+        weights[inside.y0 : inside.y1, inside.x0 : inside.x1] = mask[seen.y0 : seen.y1, seen.x0 : seen.x1]
+        shown.append(tinted(frame, weights)[part])
+    return row(shown, 190)
+
+
+def tinted(frame: Picture, weights: NDArray[np.float32]) -> Picture:
+    """`frame` with pink over it where the weights are 1."""
+    share = 0.65 * weights[..., None]
+    return np.asarray(frame * (1 - share) + share * np.asarray(_PINK), np.uint8)
+
+
+def compare_smoothing(models: Models, frame: Picture) -> Picture:
+    """A still face under a noisy camera: the chin's column of each frame, and the box's lower edge over it."""
+    random = np.random.default_rng(1)
+
+    def noisy() -> Picture:
+        noise = cv2.GaussianBlur(random.normal(0, 45, frame.shape), (0, 0), 1.5)
+        return np.asarray(np.clip(frame + noise, 0, 255), np.uint8)
+
+    frames = [noisy() for _ in range(60)]
+    found = models.faces.find(frames)
+    top, bottom, wide, high = 335, 375, 8, 5
+    columns = np.stack([picture[top:bottom, 254:259].mean(axis=1) for picture in frames], 1).astype(np.uint8)
+    panels = []
+    for sigma in (0.0, 2.0):
+        panel = cv2.resize(columns, (wide * len(frames), high * (bottom - top)), interpolation=cv2.INTER_NEAREST)
+        edges = [
+            (wide * index + wide // 2, high * (face.box.y1 - top))
+            for index, face in enumerate(smooth_boxes(found, sigma))
+            if face is not None
+        ]
+        cv2.polylines(panel, [np.array(edges, np.int32)], False, _PINK, 3, cv2.LINE_AA)
+        panels.append(np.asarray(panel, np.uint8))
+    return row(panels, len(panels[0]))
 
 
 def noisy_pause(folder: Path) -> Path:
@@ -116,17 +174,22 @@ def noisy_pause(folder: Path) -> Path:
     return path
 
 
-def compare_silence(models: Models, folder: Path, source: list[Picture]) -> Picture:
-    """The frame of the pause where the generated mouth is farthest from the source's."""
+def compare_silence(models: Models, folder: Path) -> Picture:
+    """A source that talks: three moments of one pause below each other, in the source and with each setting."""
+    talking = folder / "talking.mp4"
+    render(models, folder)
+    (folder / "out.mp4").rename(talking)
+    source = [np.asarray(frame, np.uint8) for frame in read_frames(talking)]
     audio = noisy_pause(folder)
     made = {
-        name: render(models, folder, audio=audio, silence=name, batch_size=4)
+        name: render(models, folder, source=talking, audio=audio, silence=name, batch_size=4)
         for name in ("generate", "closed", "source")
     }
-    pause = range(60, min(95, len(source)))
-    apart = [float(np.abs(made["generate"][at][_MOUTH].astype(int) - source[at][_MOUTH]).mean()) for at in pause]
-    at = pause[int(np.argmax(apart))]
-    return row([source[at][_MOUTH], *(frames[at][_MOUTH] for frames in made.values())], 170)
+    pause = range(60, 95)
+    moments = [pause[index] for index in liveliest([source[at] for at in pause], 3)]
+    lines = [row([source[at][_MOUTH], *(frames[at][_MOUTH] for frames in made.values())], 130) for at in moments]
+    gap = np.full((6, lines[0].shape[1], 3), 255, np.uint8)
+    return np.asarray(np.vstack([lines[0], gap, lines[1], gap, lines[2]]), np.uint8)
 
 
 def compare_loops(models: Models, folder: Path) -> Picture:
