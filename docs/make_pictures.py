@@ -25,6 +25,7 @@ from demo.stages import MODELS
 from musetalk.blending import blend_mask, crop_for_parsing, face_mask
 from musetalk.devices import choose_dtype
 from musetalk.faces import smooth_boxes
+from musetalk.frames import planes_to_bgr
 from musetalk.geometry import blend_box
 from musetalk.models import Models, load_models
 from musetalk.options import MaskMode, version_defaults
@@ -99,10 +100,21 @@ def main() -> None:
             shown = [source[min(widest, len(source) - 1)][_MOUTH]]
             shown += [render(models, Path(name), **options)[widest][_MOUTH] for options in choices]
             save(folder, title, row(shown, 170))
+        save(folder, "preview", compare_preview(models, source[min(widest, len(source) - 1)], Fraction(widest, 25)))
         save(folder, "cheeks", compare_cheeks(models, source[0]))
         save(folder, "smoothing", compare_smoothing(models, source[0]))
         save(folder, "silence", compare_silence(models, Path(name)))
         save(folder, "loop", compare_loops(models, Path(name)))
+
+
+def compare_preview(models: Models, frame: Picture, time_s: Fraction) -> Picture:
+    """The source's frame at a time, and the preview of the output's."""
+    with RenderSession(models, AVATAR, SPEECH, None, version_defaults("demo")) as session:
+        session.probe()
+        session.prepare(preview_s=float(time_s))
+        preview = session.preview(float(time_s))
+    made = planes_to_bgr(preview.planes, preview.matrix)
+    return row([frame[_HEAD], made[_HEAD]], 240)
 
 
 def compare_cheeks(models: Models, frame: Picture) -> Picture:
