@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import load_settings
+from engine import check_inputs
 from errors import MuseTalkError
 from jobs import JobParams, Stage, parse_params
 from musetalk_core import Core, Rendered
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         params = _params_from(given.param)
         settings = load_settings()
+        # Before gigabytes are loaded, or fetched, for a name mistyped.
+        check_inputs(settings, given.source, given.audio)
         print(f"loading the models from {settings.models_dir}", file=sys.stderr)
         with watching() as watcher:
             core = Core(settings, fetch_watcher=watcher)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import ROOT, Settings
-from errors import ProcessingError, WeightsError
+from errors import MuseTalkError, ProcessingError, WeightsError
 from fitness import folder_problem, has_gpu_hardware
 from jobs import JobParams
 from telemetry import Metrics, logger
@@ -86,6 +86,17 @@ class Engine:
             margin_share=defaults.margin_share if params.extra_margin is None else 0.0,
             mask_mode=defaults.mask_mode if params.parsing_mode is None else params.parsing_mode,
         )
+
+
+def check_inputs(settings: Settings, source: Path, audio: Path) -> None:
+    """Raises MediaError for files that no job would take; needs nothing that is loaded."""
+    from musetalk import media
+
+    try:
+        media.probe_both(source, audio, _media_limits(settings))
+    except MuseTalkError as error:
+        error.stage = "validation"
+        raise
 
 
 def _media_limits(settings: Settings) -> MediaLimits:

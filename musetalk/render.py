@@ -182,8 +182,7 @@ class RenderSession:
                 "params.bbox_shift has an effect with MuseTalk v1.0 only; leave it out", field="params.bbox_shift"
             )
         parse_request(self.options.aspect_ratio, self.options.resolution)
-        self._source = media.probe_source(self._source_path, self._limits)
-        self._audio = media.probe_audio(self._audio_path, self._limits)
+        self._source, self._audio = media.probe_both(self._source_path, self._audio_path, self._limits)
         self._preparer = SourcePreparer(
             self.models,
             self._source_path,

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
         *("engine", "fitness", "job_control", "command_line"),
     },
     "engine": {"errors", "config", "jobs", "fitness", "telemetry", "musetalk"},
-    "command_line": {"errors", "config", "jobs", "telemetry", "musetalk_core", "musetalk", "weights_command"},
+    "command_line": {"errors", "config", "jobs", "telemetry", "musetalk_core", "musetalk", "engine", "weights_command"},
     # Of the model only its version.
     "app": {
         *("errors", "config", "jobs", "telemetry", "musetalk_core", "orchestrator", "openapi", "musetalk"),

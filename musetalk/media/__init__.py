@@ -1,13 +1,13 @@
 """Files to pictures and sound, and back (PyAV and Pillow). Knows no model, no settings, no network.
 
-Reading: `probe_source` and `probe_audio` look at a file in a limited process of their own; `read_source` gives its
-pictures on a constant-rate grid, `read_waveform` its sound as the model hears it.
+Reading: `probe_source` and `probe_audio` (`probe_both` at once) look at a file in a limited process of their own;
+`read_source` gives its pictures on a constant-rate grid, `read_waveform` its sound as the model hears it.
 """
 
 from __future__ import annotations
 
 from musetalk.media.limits import AudioInfo, MediaLimits, SourceInfo
-from musetalk.media.probe import inspect_source, probe_audio, probe_source
+from musetalk.media.probe import inspect_source, probe_audio, probe_both, probe_source
 from musetalk.media.reading import SourceFrame, read_source
 from musetalk.media.scaling import fit_planes
 from musetalk.media.sound import inspect_audio, read_audio_blocks, read_waveform
@@ -34,6 +34,7 @@ __all__ = [
     "inspect_audio",
     "inspect_source",
     "probe_audio",
+    "probe_both",
     "probe_source",
     "read_audio_blocks",
     "read_source",

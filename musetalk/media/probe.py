@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -68,6 +69,16 @@ def probe_audio(path: Path, limits: MediaLimits) -> AudioInfo:
         return audio_from_json(plain)
     except (KeyError, TypeError, ValueError) as error:
         raise ProcessingError("the probing process gave no usable answer") from error
+
+
+def probe_both(source: Path, audio: Path, limits: MediaLimits) -> tuple[SourceInfo, AudioInfo]:
+    """`probe_source` and `probe_audio` at once, as most of a look is the start of its process.
+
+    Raises as they do; the source's error comes first.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="probe") as pool:
+        sound = pool.submit(probe_audio, audio, limits)
+        return probe_source(source, limits), sound.result()
 
 
 def _ask(kind: Literal["source", "audio"], path: Path, limits: MediaLimits) -> dict[str, Any]:

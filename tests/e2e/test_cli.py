@@ -48,6 +48,7 @@ def test_a_broken_source_is_one_line_and_status_one(tmp_path: Path, tiny_models:
     done = run(tiny_models, str(tmp_path / "source.mp4"), str(audio), str(tmp_path / "out.mp4"))
     assert done.returncode == 1
     assert "error in validation: the source" in done.stderr
+    assert "loading the models" not in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out.mp4").exists()
 
@@ -56,11 +57,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, tiny_models: Path) ->
     done = run(tiny_models, str(tmp_path / "none.mp4"), str(tmp_path / "none.wav"), str(tmp_path / "out.mp4"))
     assert done.returncode == 1
     assert "the source" in done.stderr
+    assert "loading the models" not in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_missing_weights_are_listed(tmp_path: Path) -> None:
-    done = run(tmp_path, "a.mp4", "a.wav", "out.mp4")
+    source, audio = make_source(tmp_path / "source.mp4", 6), make_audio(tmp_path / "a.wav", 0.4)
+    done = run(tmp_path, str(source), str(audio), str(tmp_path / "out.mp4"))
     assert done.returncode == 1
     assert "dwpose/dw-ll_ucoco_384.pth" in done.stderr
     assert "Traceback" not in done.stderr

@@ -24,6 +24,8 @@ from musetalk.media import (
     inspect_audio,
     inspect_source,
     probe_audio,
+    probe_both,
+    probe_source,
     read_audio_blocks,
     read_waveform,
     sound,
@@ -322,3 +324,14 @@ def test_a_file_is_closed_when_its_reader_is(tmp_path: Path) -> None:
     blocks.close()  # type: ignore[attr-defined]
     links = [entry for entry in Path("/proc/self/fd").iterdir() if entry.exists() and entry.readlink() == path]
     assert links == []
+
+
+def test_both_files_are_looked_at_at_once_and_the_sources_error_comes_first(tmp_path: Path) -> None:
+    video, speech = write_clip(tmp_path / "film.mp4", 5), write_sound(tmp_path / "a.m4a", Sound(tone(0.5)))
+    assert probe_both(video, speech, LIMITS) == (probe_source(video, LIMITS), probe_audio(speech, LIMITS))
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"nothing" * 500)
+    with pytest.raises(MediaError, match="the audio"):
+        probe_both(video, broken, LIMITS)
+    with pytest.raises(MediaError, match="the source"):
+        probe_both(broken, broken, LIMITS)
