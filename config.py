@@ -108,6 +108,8 @@ class Variable:
     secret: bool = False
 
 
+ENV_FILE = "MUSETALK_ENV_FILE"
+
 VARIABLES: tuple[Variable, ...] = (
     # HTTP server
     Variable("WORKER_HOST", "host", _text, "Address the HTTP server listens on; `::` is every IPv4 and IPv6 address of the machine.", "::"),
@@ -178,6 +180,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("WORKER_ID", "worker_id", _text, "Name of this worker in logs and reports; unset: the host's name.", "", aliases=("SALAD_MACHINE_ID", "VAST_CONTAINERLABEL")),
     Variable("GPU_CLASS", "gpu_class", _text, "GPU class echoed in metrics; unset: `unknown`.", "", aliases=("GPU_CLASS_NAME",)),
     Variable("LOG_LEVEL", "log_level", _choice("debug", "info", "warning", "error"), "Least severity that is logged.", "info"),
+    Variable(ENV_FILE, "env_file", _text, "In the environment only: the file read instead of `.env`, so that several workers share one checkout; `none`: no file.", ".env"),
 )  # fmt: skip
 
 
@@ -251,6 +254,7 @@ class Settings:
     worker_id: str
     gpu_class: str | None
     log_level: str
+    env_file: str
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -282,9 +286,14 @@ class Settings:
 def load_settings(environment: Mapping[str, str] | None = None, env_file: Path | None = ROOT / ".env") -> Settings:
     """Settings from the environment, then from `env_file` for what the environment leaves unset, then defaults.
 
-    Raises SettingsError that lists every variable at fault, with its value unless it is a secret.
+    MUSETALK_ENV_FILE names another file, or none. Raises SettingsError that lists every variable at fault, with its value
+    unless it is a secret.
     """
     environment = os.environ if environment is None else environment
+    if env_file is not None and (named := environment.get(ENV_FILE, "").strip()):
+        env_file = None if named == "none" else ROOT / named
+        if env_file is not None and not env_file.is_file():
+            raise SettingsError(f"{ENV_FILE} names a file that is not there")
     from_file = dotenv_values(env_file) if env_file is not None and env_file.is_file() else {}
     given = {name: value.strip() for name, value in from_file.items() if value and value.strip()}
     given.update({name: value.strip() for name, value in environment.items() if value.strip()})

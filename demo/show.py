@@ -98,10 +98,14 @@ def main() -> int:
         "MUSETALK_MODEL": os.environ.get("MUSETALK_MODEL") or "demo",
         "ORCHESTRATOR_BASE_URL": progress.url,
         "INTERNAL_API_KEY": secrets.token_hex(8),
+        # The demo is of this machine alone: no orchestrator, no bucket, no folder of a worker that runs beside it.
+        "MUSETALK_ENV_FILE": "none",
+        "WORK_DIR": str(log_path.with_suffix("")),
         "ALLOW_FILE_URLS": "1",
         "FILE_URL_ROOTS": str(MEDIA),
     }
-    environment.pop("BUFFER_WORKER_ID", None)
+    for name in ("BUFFER_WORKER_ID", "B2_KEY_ID", "B2_APP_KEY", "B2_BUCKET_NAME"):
+        environment.pop(name, None)
     with log_path.open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],

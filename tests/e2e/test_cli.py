@@ -18,6 +18,7 @@ def run(models: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(ROOT / "musetalk_core.py"), *arguments],
         env={
             **kept,
+            "MUSETALK_ENV_FILE": "none",
             "MUSETALK_MODEL": "v15",
             "MUSETALK_MODELS_DIR": str(models),
             "MUSETALK_DEVICE": "cpu",

@@ -112,7 +112,13 @@ def test_the_command_line_speaks(tmp_path: Path, speech: Path) -> None:
     done = subprocess.run(
         [sys.executable, "musetalk_core.py", str(AVATAR), str(speech), str(output)],
         cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", "MUSETALK_MODEL": "demo", "AVATAR_DISK_MB": "0", "MUSETALK_CPU_THREADS": "1"},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "MUSETALK_ENV_FILE": "none",
+            "MUSETALK_MODEL": "demo",
+            "AVATAR_DISK_MB": "0",
+            "MUSETALK_CPU_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=300,

@@ -58,6 +58,7 @@ class Command:
             "HF_HOME": str(folder / "hub-home"),
             "HF_TOKEN": TOKEN,
             "MUSETALK_S3FD_URL": hub.s3fd_url,
+            "MUSETALK_ENV_FILE": "none",
             "MUSETALK_MODELS_DIR": str(self.models_dir),
         }
 

@@ -52,6 +52,8 @@ class Server:
         variables = {
             **kept,
             "PYTHONUNBUFFERED": "1",
+            # What a developer keeps in .env is no part of a test.
+            "MUSETALK_ENV_FILE": "none",
             # One thread: two that share cores with the test's own work mostly wait for each other.
             "OMP_NUM_THREADS": "1",
             "MUSETALK_CPU_THREADS": "1",

@@ -57,6 +57,18 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
     assert (settings.batch_size, settings.video_crf) == (2, 20)
 
 
+def test_another_file_may_be_named_or_none(tmp_path: Path) -> None:
+    usual, other = tmp_path / ".env", tmp_path / "second.env"
+    usual.write_text("BATCH_SIZE=4\n", encoding="utf-8")
+    other.write_text("BATCH_SIZE=5\n", encoding="utf-8")
+    sizes = [
+        load_settings({"MUSETALK_ENV_FILE": named}, env_file=usual).batch_size for named in ("", "none", str(other))
+    ]
+    assert sizes == [4, load().batch_size, 5]
+    with pytest.raises(SettingsError, match="MUSETALK_ENV_FILE names a file that is not there"):
+        load_settings({"MUSETALK_ENV_FILE": str(tmp_path / "third.env")}, env_file=usual)
+
+
 def test_half_a_bucket_stops_the_start_and_names_what_is_missing() -> None:
     with pytest.raises(SettingsError, match="B2_APP_KEY and B2_BUCKET_NAME must be set"):
         load(B2_KEY_ID="id-of-a-key")
