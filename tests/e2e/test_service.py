@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -153,6 +154,24 @@ def test_sigterm_lets_the_running_job_finish(tmp_path: Path, tiny_models: Path) 
         assert answers[0].status_code == 200
         assert server.process.wait(30) == 0
         assert (tmp_path / "outputs/last.mp4").is_file()
+    finally:
+        server.stop()
+
+
+def test_python_app_py_serves_jobs_and_the_page_and_says_that_it_claims_none(tmp_path: Path, tiny_models: Path) -> None:
+    server = Server(tmp_path, tiny_models, command=[sys.executable, "app.py"], WORKER_MODE="buffer")
+    make_source(tmp_path / "media/source.mp4", 10)
+    make_audio(tmp_path / "media/audio.wav", 0.4)
+    try:
+        server.wait_for(200)
+        page = requests.get(server.url, timeout=10)
+        assert (page.status_code, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+        assert server.post(server.job("local")).status_code == 200
+        assert (tmp_path / "outputs/local.mp4").is_file()
+        assert "this local server claims no job" in server.log_text()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0
+        assert "Traceback" not in server.log_text()
     finally:
         server.stop()
 
