@@ -39,4 +39,4 @@ if [ -f Dockerfile.worker ]; then
 fi
 # One process a core, with one thread each: threads of several processes on one core mostly wait for each other.
 export OMP_NUM_THREADS=1
-step "pytest"; exec python -m pytest -q --durations=15 -n 2 --dist loadfile
+step "pytest"; exec python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder
