@@ -22,6 +22,7 @@ def run(models: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
             "MUSETALK_MODEL": "v15",
             "MUSETALK_MODELS_DIR": str(models),
             "MUSETALK_DEVICE": "cpu",
+            "MUSETALK_DTYPE": "float32",
             "OMP_NUM_THREADS": "1",
         },
         capture_output=True,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_a_silent_workers_job_is_handed_out_again_until_it_was_tried_often_enoug
         assert claimed["buffer_job_id"] == job_id
         jobs.heard(f"w{attempt}", "busy", None, None)
         assert jobs.claim("other") is None
-        with sqlite3.connect(tmp_path / "jobs.sqlite") as database:
+        with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as database, database:
             database.execute("UPDATE workers SET seen = ?", (time.time() - 31,))
     assert jobs.claim("w5") is None
     job = jobs.get(job_id)
