@@ -18,15 +18,14 @@ from urllib.parse import urlsplit
 from flask import Flask, Response, current_app, jsonify, request, send_from_directory
 from werkzeug.exceptions import Forbidden, HTTPException, NotFound, RequestEntityTooLarge, Unauthorized
 
-import openapi
-import playground
-from config import bind_addresses, load_settings
-from errors import MuseTalkError, RequestError, UnavailableError
-from jobs import Job, JobResult, error_body, parse_job, result_body
 from musetalk import __version__
+from musetalk.errors import MuseTalkError, RequestError, UnavailableError
 from musetalk_core import Core, shared_core
-from orchestrator import Orchestrator, ProgressSender, completed_update, failed_update, orchestrator_settings
-from telemetry import logger
+from worker.config import bind_addresses, load_settings
+from worker.jobs import Job, JobResult, error_body, parse_job, result_body
+from worker.orchestrator import Orchestrator, ProgressSender, completed_update, failed_update, orchestrator_settings
+from worker.telemetry import logger
+from worker.web import openapi, playground
 
 
 def create_app(core: Core | None = None, *, with_playground: bool = False) -> Flask:

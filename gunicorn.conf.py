@@ -17,8 +17,8 @@ from typing import Any
 # Gunicorn runs this file without its folder on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from config import bind_addresses, load_settings
-from errors import SettingsError
+from musetalk.errors import SettingsError
+from worker.config import bind_addresses, load_settings
 
 try:
     _settings = load_settings()
@@ -47,7 +47,7 @@ loglevel = "info"
 logconfig_dict = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"json": {"()": "telemetry.JsonFormatter"}},
+    "formatters": {"json": {"()": "worker.telemetry.JsonFormatter"}},
     "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
     "root": {"level": "WARNING", "handlers": ["stdout"]},
     "loggers": {"gunicorn.error": {"level": "INFO", "handlers": ["stdout"], "propagate": False}},
@@ -101,9 +101,9 @@ def post_fork(_server: Any, _worker: Any) -> None:
 
 def post_worker_init(_worker: Any) -> None:
     """Stop claiming with the first SIGTERM; Gunicorn calls worker_exit only when no request is left."""
-    from lifecycle import Lifecycle
     from musetalk_core import shared_core
     from poller import running
+    from worker.lifecycle import Lifecycle
 
     lifecycle = Lifecycle(shared_core(), running, graceful_s=_settings.graceful_timeout_s)
     lifecycle.start()

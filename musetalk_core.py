@@ -1,16 +1,14 @@
 """The core: keeps the engine loaded, owns the right to use the GPU, and knows the order of a job's stages.
 
 Both front doors (HTTP and the poller) call `Core.run_job`; people call `python musetalk_core.py SOURCE AUDIO OUTPUT`,
-which is `command_line.main`.
+which is `worker.cli.render.main`.
 Knows no JSON keys, no tensor operation, no picture.
 """
 
 from __future__ import annotations
 
 import errno
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -21,10 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from config import Settings, load_settings
-from downloads import MIN_MEDIA_BYTES, DownloadSettings, fetch_together
-from engine import Engine, EngineLoader
-from errors import (
+from musetalk.errors import (
     CancelledError,
     DiskFullError,
     GpuLostError,
@@ -33,11 +28,15 @@ from errors import (
     ProcessingError,
     UnavailableError,
 )
-from fitness import FolderLock, check_room, release_memory
-from job_control import JobControl, StopReason
-from jobs import Job, JobParams, JobResult, Stage, sidecar_body
-from storage import B2Settings, LocalStoreSettings, Store, open_store
-from telemetry import (
+from storage import open_store
+from worker.config import Settings, load_settings
+from worker.engine import Engine, EngineLoader, Rendered
+from worker.job_control import JobControl, StopReason
+from worker.jobs import Job, JobParams, JobResult, Stage, sidecar_body
+from worker.machine import check_room, release_memory
+from worker.net.downloads import MIN_MEDIA_BYTES, DownloadSettings, fetch_together
+from worker.stored import Store
+from worker.telemetry import (
     Metrics,
     StageClock,
     configure_logging,
@@ -47,6 +46,7 @@ from telemetry import (
     outcome_of,
     peak_memory_kb,
 )
+from worker.work_dir import FolderLock, job_folder, remove_leftovers
 
 if TYPE_CHECKING:
     from musetalk.fetching import Watcher
@@ -57,7 +57,6 @@ State = Literal["starting", "ready", "busy", "failed", "draining"]
 OnProgress = Callable[[Stage, int, int], None]
 ShouldStop = Callable[[], bool]
 
-WORK_PREFIX = "job-"
 _BUSY = "the worker is busy with another job"
 # A queue that lost our answer sends the same job again within minutes; its result is kept so long.
 KEPT_RESULTS = 50
@@ -85,15 +84,6 @@ class JobProgress:
     stage: Stage
     done: int
     total: int
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A finished local file and how it was made."""
-
-    summary: RenderSummary
-    clock: StageClock
-    model: str
 
 
 def _no_progress(_stage: Stage, _done: int, _total: int) -> None:
@@ -135,7 +125,7 @@ class Core:
         self.metrics = Metrics()
         # Called once when only a new process can go on; whoever serves the core ends the process.
         self.on_lost: Callable[[str], None] | None = None
-        self._store = store or _open_store(settings)
+        self._store = store or open_store(settings)
         self._slot = threading.Lock()
         self._engine: Engine | None = None
         self._loader = EngineLoader(settings, self.metrics, watcher=fetch_watcher)
@@ -215,7 +205,7 @@ class Core:
                 time.sleep(1.0)
             self._waits_for = None
         self._work_dir_lock = lock
-        clean_work_dir(self.settings.work_dir)
+        remove_leftovers(self.settings.work_dir)
 
     @property
     def owns_work_dir(self) -> bool:
@@ -386,7 +376,7 @@ class Core:
                 return kept
             run = _Run(StageClock(), self._control_of(job), self._told_progress(on_progress))
             try:
-                with self._under(run, should_stop) as stop, self._work_folder() as folder:
+                with self._under(run, should_stop) as stop, job_folder(self.settings.work_dir) as folder:
                     result = self._run_stages(engine, job, folder, run, stop)
             except BaseException as error:
                 self.metrics.ended(run.clock, error)
@@ -535,38 +525,6 @@ class Core:
             file_url_roots=settings.file_url_roots,
         )
 
-    @contextmanager
-    def _work_folder(self) -> Iterator[Path]:
-        """A folder for one job's files, removed whatever happens."""
-        self.settings.work_dir.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=self.settings.work_dir))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _open_store(settings: Settings) -> Store:
-    bucket = None
-    if settings.uses_b2:
-        bucket = B2Settings(
-            key_id=settings.b2_key_id,
-            app_key=settings.b2_app_key,
-            bucket=settings.b2_bucket,
-            prefix=settings.b2_prefix,
-            realm=settings.b2_realm,
-            link_lifetime_s=settings.b2_link_lifetime_s,
-        )
-    return open_store(bucket, LocalStoreSettings(settings.output_dir, settings.public_base_url))
-
-
-def clean_work_dir(work_dir: Path) -> int:
-    """Remove the folders a killed process left behind; returns how many. Touches nothing but our own folders."""
-    stale = [path for path in work_dir.glob(f"{WORK_PREFIX}*") if path.is_dir() and not path.is_symlink()]
-    for path in stale:
-        shutil.rmtree(path, ignore_errors=True)
-    return len(stale)
-
 
 _shared: Core | None = None
 _shared_lock = threading.Lock()
@@ -643,6 +601,6 @@ def _log_end(clock: StageClock, error: BaseException | None, **facts: object) ->
 
 
 if __name__ == "__main__":
-    from command_line import main
+    from worker.cli.render import main
 
-    sys.exit(main())
+    sys.exit(main(Core))

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import RequestError, UnavailableError
-from jobs import Job, JobResult, error_body, parse_job
+from musetalk.errors import RequestError, UnavailableError
 from musetalk_core import Core
-from orchestrator import (
+from worker.jobs import Job, JobResult, error_body, parse_job
+from worker.orchestrator import (
     Orchestrator,
     OrchestratorSettings,
     ProgressSender,
@@ -33,7 +33,7 @@ from orchestrator import (
     orchestrator_settings,
     succeeded_report,
 )
-from telemetry import job_logging, logger
+from worker.telemetry import job_logging, logger
 
 HEARTBEAT_S = 10.0
 MAX_BACKOFF_S = 60.0

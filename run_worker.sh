@@ -22,7 +22,7 @@ if [ "${1:-}" = "--demo" ]; then
 fi
 
 # The same reading of environment and .env as the server's; wrong settings end the start here, with their names.
-facts="$("$python" config.py)"
+facts="$("$python" -m worker.config)"
 fact() { sed -n "s/^$1=//p" <<<"$facts"; }
 mode="$(fact mode)"
 port="$(fact port)"

@@ -1,100 +1,21 @@
-"""From a finished file to an object with an address: a bucket, or the local folder. Knows no downloads, no jobs.
-
-Here: what a store is, the names of objects, the local folder. The bucket's side is in `backblaze`.
-"""
+"""Storage of finished files: a bucket (`worker.backblaze`) or the local folder. Knows no downloads, no jobs."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
-import json
 import logging
 import os
-import re
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import quote
 
-from errors import CancelledError, DeadlineError, DiskFullError, ProcessingError, SettingsError, StorageError
+from musetalk.errors import ProcessingError
+from worker.config import Settings
+from worker.stored import Store, StoredObject, TimeLimit, disk_errors, object_name, sha1_of, sidecar_bytes
 
 logger = logging.getLogger("musetalk.storage")
-
-MAX_LINK_LIFETIME_S = 604_800
-
-_BLOCK_BYTES = 2**20
-_POLL_S = 0.05
-_MAX_NAME_BYTES = 1000
-_MAX_STEM = 200
-
-
-@dataclass(frozen=True)
-class StoredObject:
-    """A finished file where callers can reach it; `url` may carry a token, so it is kept out of `repr`."""
-
-    name: str
-    url: str = field(repr=False)
-    n_bytes: int
-    sha1: str
-    bucket: str | None
-
-
-class Store(Protocol):
-    """Where finished files go."""
-
-    def check(self) -> None:
-        """Find out before the first job what would keep every upload from working; tells the rest in the log.
-
-        Raises SettingsError when the store refuses what this worker was given (key, bucket, rights). One that cannot be
-        reached now may be there when the first video is finished.
-        """
-
-    def upload(
-        self,
-        path: Path,
-        job_id: str | None,
-        sidecar: Mapping[str, object],
-        *,
-        deadline_s: float,
-        should_stop: Callable[[], bool] = ...,
-    ) -> StoredObject:
-        """Store the MP4 at `path` and its sidecar; a repeated job id replaces what was stored before.
-
-        The sidecar is stored with `b2_bucket`, `b2_file_name`, `size_bytes` and `sha1` filled in; when it cannot be
-        stored that is logged and the upload still counts. Raises StorageError, DeadlineError after `deadline_s`
-        seconds, CancelledError once `should_stop()` is true, DiskFullError.
-        """
-
-
-@dataclass(frozen=True)
-class B2Settings:
-    """What reaches one bucket; key and key id are kept out of `repr`. Times in seconds.
-
-    `realm` is `production` or the address of another B2. `is_private` says how links are made when B2 cannot be asked
-    (None: ask); a private bucket's links carry a token that ends after `link_lifetime_s`.
-    """
-
-    key_id: str = field(repr=False)
-    app_key: str = field(repr=False)
-    bucket: str
-    prefix: str = "avatar/outputs"
-    realm: str = "production"
-    is_private: bool | None = None
-    link_lifetime_s: int = MAX_LINK_LIFETIME_S
-    tries: int = 6
-    backoff_s: float = 1.0
-    max_backoff_s: float = 20.0
-    connect_timeout_s: float = 10.0
-    idle_timeout_s: float = 60.0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.link_lifetime_s <= MAX_LINK_LIFETIME_S:
-            raise SettingsError(f"the lifetime of links must be 1 to {MAX_LINK_LIFETIME_S} seconds")
-        object_name(self.prefix, "x" * 1000)  # raises for a prefix that no name fits behind
 
 
 @dataclass(frozen=True)
@@ -105,103 +26,22 @@ class LocalStoreSettings:
     public_base_url: str
 
 
-def open_store(b2_settings: B2Settings | None, local_settings: LocalStoreSettings) -> Store:
-    """The bucket when there are settings for one, else the local folder."""
-    if b2_settings is None:
-        return LocalStore(local_settings)
-    from backblaze import B2Store  # b2sdk is loaded only where it is used
+def open_store(settings: Settings) -> Store:
+    """The bucket when the settings name one, else the local folder. Raises SettingsError for a prefix too long."""
+    if not settings.uses_b2:
+        return LocalStore(LocalStoreSettings(settings.output_dir, settings.public_base_url))
+    from worker.backblaze import B2Settings, B2Store  # b2sdk is loaded only where it is used
 
-    return B2Store(b2_settings)
-
-
-def object_name(prefix: str, job_id: str | None, suffix: str = ".mp4") -> str:
-    """The object's name for a job: `{prefix}/{job id}.mp4`, or `manual-{uuid4}` without an id (protocol section 7).
-
-    Letters, digits, `-`, `_` and inner dots stay; every other byte becomes `~XX`, and a long id is cut and gets a hash,
-    so that any two ids have two names and each name is safe in a URL, a bucket and a folder. Raises SettingsError when
-    the prefix leaves no room.
-    """
-    stem = _escape(job_id) if job_id else f"manual-{uuid.uuid4()}"
-    if len(stem) > _MAX_STEM:
-        digest = hashlib.sha256(str(job_id).encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        stem = f"{stem[:_MAX_STEM]}~~{digest}"
-    parts = [_escape(part) for part in prefix.split("/") if part]
-    name = "/".join([*parts, stem + suffix])
-    if len(name) > _MAX_NAME_BYTES or any(len(part) > 250 for part in parts):
-        raise SettingsError("the prefix of object names is too long")
-    return name
-
-
-def _escape(text: str) -> str:
-    escaped = re.sub(rb"[^A-Za-z0-9._-]", lambda match: b"~%02X" % match[0][0], text.encode("utf-8", "surrogatepass"))
-    return re.sub(r"^\.", "~2E", escaped.decode("ascii"))
-
-
-def sidecar_bytes(sidecar: Mapping[str, object], stored: StoredObject) -> bytes:
-    """The sidecar as JSON, with what only the store knows filled in."""
-    body = {
-        **sidecar,
-        "b2_bucket": stored.bucket,
-        "b2_file_name": stored.name,
-        "size_bytes": stored.n_bytes,
-        "sha1": stored.sha1,
-    }
-    return json.dumps(body, ensure_ascii=False, indent=1, default=str).encode("utf-8", "replace")
-
-
-class TimeLimit:
-    """The deadline of one upload, and whether its job is to stop."""
-
-    def __init__(self, seconds: float, should_stop: Callable[[], bool]) -> None:
-        self._seconds = seconds
-        self._until = time.monotonic() + seconds
-        self._should_stop = should_stop
-        self.last_fault = ""
-
-    def left(self) -> float:
-        """Seconds until the deadline."""
-        return self._until - time.monotonic()
-
-    def check(self) -> None:
-        """Raise CancelledError or DeadlineError when it is time to end."""
-        if self._should_stop():
-            raise CancelledError("the job was told to stop during the upload")
-        if self.left() <= 0:
-            text = f"the upload did not finish within {self._seconds:g} s"
-            raise DeadlineError(text + (f": {self.last_fault}" if self.last_fault else ""), limit_s=self._seconds)
-
-    def pause(self, seconds: float) -> None:
-        """Wait, but not beyond the deadline or a stop."""
-        until = time.monotonic() + seconds
-        while (rest := until - time.monotonic()) > 0:
-            self.check()
-            time.sleep(min(rest, _POLL_S))
-
-
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    """Turn what the local disk says into our errors, without its paths."""
-    try:
-        yield
-    except OSError as problem:
-        if problem.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise DiskFullError("the disk of the output folder is full") from None
-        name = errno.errorcode.get(problem.errno or 0, "unknown")
-        raise StorageError(f"the finished file could not be read or stored ({name})") from None
-
-
-def sha1_of(path: Path, limit: TimeLimit, copy: Callable[[bytes], object] = len) -> tuple[str, int]:
-    """SHA-1 (hex) and size of a file, read in blocks that are also handed to `copy`."""
-    digest, n_bytes = hashlib.sha1(usedforsecurity=False), 0
-    with _disk_errors(), path.open("rb") as source:
-        while block := source.read(_BLOCK_BYTES):
-            limit.check()
-            digest.update(block)
-            n_bytes += len(block)
-            copy(block)
-    if n_bytes == 0:
-        raise ProcessingError("the output is empty", retryable=False)
-    return digest.hexdigest(), n_bytes
+    return B2Store(
+        B2Settings(
+            key_id=settings.b2_key_id,
+            app_key=settings.b2_app_key,
+            bucket=settings.b2_bucket,
+            prefix=settings.b2_prefix,
+            realm=settings.b2_realm,
+            link_lifetime_s=settings.b2_link_lifetime_s,
+        )
+    )
 
 
 class LocalStore:
@@ -227,7 +67,7 @@ class LocalStore:
         limit = TimeLimit(deadline_s, should_stop)
         name = object_name("", job_id)
         limit.check()
-        with _disk_errors():
+        with disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
         with self._appearing(name) as temporary, temporary.open("xb") as copy:
             sha1, n_bytes = sha1_of(path, limit, copy.write)
@@ -246,7 +86,7 @@ class LocalStore:
         """A temporary path beside `name` that takes its place at the end, or is removed."""
         temporary = self.folder / f".{uuid.uuid4().hex}.part"
         try:
-            with _disk_errors():
+            with disk_errors():
                 yield temporary
                 temporary.replace(self.folder / name)
         finally:

@@ -29,12 +29,12 @@ from benchmarks.engine import inputs, launched_ahead, timed
 from benchmarks.material import FRAME_SIZES, centred_box, make_audio, make_clip
 from benchmarks.measuring import memory
 from benchmarks.networks import arguments_for, build, dtype_of, machine
-from config import ROOT, load_settings
-from engine import engine_around
-from jobs import JobParams
 from musetalk.devices import choose_device, choose_dtype, configure_threads
 from musetalk.warming import warm_up
 from musetalk_core import Core
+from worker.config import ROOT, load_settings
+from worker.engine import engine_around
+from worker.jobs import JobParams
 
 _IN_A_ROW = 4
 

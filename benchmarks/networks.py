@@ -24,7 +24,6 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from benchmarks import measuring
-from config import ROOT
 from musetalk.audio import AudioEncoder
 from musetalk.faces import Face, FaceParser
 from musetalk.frames import UInt8Array
@@ -32,6 +31,7 @@ from musetalk.generator import Generator
 from musetalk.mesh_faces import JawParser
 from musetalk.models import FACE_DTYPE, Models, load_models
 from musetalk.networks.bisenet import BiseNet
+from worker.config import ROOT
 
 Size = Literal["tiny", "demo", "full"]
 SIZES: tuple[Size, ...] = ("tiny", "demo", "full")

@@ -32,7 +32,6 @@ from benchmarks.material import FRAME_SIZES, centred_box, make_audio, make_clip
 from benchmarks.measuring import cpu_seconds, memory
 from benchmarks.networks import arguments_for, build, dtype_of, machine, median, synchronise
 from benchmarks.original import PNG_FILTERS, blend_whole, dump_source, encode_again, encode_pictures, read_picture
-from config import ROOT
 from musetalk import media
 from musetalk.audio import audio_windows
 from musetalk.avatars import AvatarCache
@@ -44,6 +43,7 @@ from musetalk.models import Models
 from musetalk.options import RenderOptions, version_defaults
 from musetalk.render import RenderSession
 from musetalk.warming import warm_up
+from worker.config import ROOT
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 import requests
 from tqdm import tqdm
 
-from config import ROOT
 from demo.make_pair import AVATAR, MEDIA, SPEECH
+from worker.config import ROOT
 
 START_LIMIT_S = 180
 

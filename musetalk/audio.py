@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from errors import MediaError, ProcessingError, WeightsError
 from musetalk import weights
+from musetalk.errors import MediaError, ProcessingError, WeightsError
 
 SAMPLE_RATE = 16_000
 FEATURE_RATE = 50  # Whisper states per second

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import WeightsError
 from musetalk import weights
+from musetalk.errors import WeightsError
 from musetalk.manifest import (
     MANIFEST,
     ModelVersion,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from errors import GpuLostError, OutOfMemoryError, ProcessingError, WeightsError
+from musetalk.errors import GpuLostError, OutOfMemoryError, ProcessingError, WeightsError
 
 _MIB = 2**20
 # First compute capability (major) with tensor cores.

@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
-from errors import ProcessingError, RequestError
+from musetalk.errors import ProcessingError, RequestError
 from musetalk.frames import UInt8Array
 from musetalk.geometry import Box
 from musetalk.networks.rtmpose import INPUT_HEIGHT, INPUT_WIDTH, SPLIT_RATIO

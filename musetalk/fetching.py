@@ -28,7 +28,7 @@ import huggingface_hub
 from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url, utils
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from errors import WeightsError
+from musetalk.errors import WeightsError
 from musetalk.manifest import (
     MANIFEST,
     ModelVersion,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import DiskFullError
+from musetalk.errors import DiskFullError
 
 Arrays = Mapping[str, NDArray[Any]]
 

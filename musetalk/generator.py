@@ -21,9 +21,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from errors import ProcessingError, WeightsError
 from musetalk import weights
 from musetalk.acceleration import Step
+from musetalk.errors import ProcessingError, WeightsError
 from musetalk.frames import UInt8Array
 from musetalk.geometry import Box
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from errors import WeightsError
+from musetalk.errors import WeightsError
 
 # `demo` is the project's own small model: v1.5's files and code path, without the official face networks.
 ModelVersion = Literal["v15", "v1", "demo"]

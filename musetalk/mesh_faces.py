@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import WeightsError
+from musetalk.errors import WeightsError
 from musetalk.faces import Face, box_from_landmarks
 from musetalk.frames import UInt8Array
 from musetalk.geometry import Box

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from errors import WeightsError
 from musetalk import weights
 from musetalk.audio import AudioEncoder
+from musetalk.errors import WeightsError
 from musetalk.faces import FaceFinder, FaceParser, FaceParserLike, PoseFaceFinder
 from musetalk.generator import Generator
 from musetalk.mesh_faces import MESH_IDENTITY, JawParser, MeshFaceFinder, NoFaceFinder, find_files

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from errors import RequestError
+from musetalk.errors import RequestError
 from musetalk.geometry import Box
 
 MIN_SIDE, MAX_SIDE = 128, 3840

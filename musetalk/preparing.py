@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from errors import CancelledError, NoFaceError, OutOfMemoryError
 from musetalk import media
 from musetalk.avatars import Arena, Avatar, AvatarCache, PreparedFace, avatar_key, file_digest
 from musetalk.blending import PastePlan, blend_mask, colour_band, crop_for_parsing, face_mask
 from musetalk.device_pixels import crop_patches
+from musetalk.errors import CancelledError, NoFaceError, OutOfMemoryError
 from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes, smoothing_reach
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Planes, UInt8Array, planes_to_bgr

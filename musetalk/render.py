@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from errors import CancelledError, MediaError, NoFaceError, RequestError
 from musetalk import media
 from musetalk.audio import SAMPLE_RATE, audio_windows, hushed, n_output_frames
 from musetalk.avatars import AvatarCache, PreparedFace
 from musetalk.blending import match_colours, paste_planes
 from musetalk.device_pixels import can_paste, paste_regions, write_region
 from musetalk.devices import gpu_errors
+from musetalk.errors import CancelledError, MediaError, NoFaceError, RequestError
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Matrix, Planes, UInt8Array
 from musetalk.generator import PendingPatches

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from errors import WeightsError
 from musetalk import weights
+from musetalk.errors import WeightsError
 from musetalk.manifest import (
     MANIFEST,
     ModelVersion,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import runpy
 import struct
-import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from errors import WeightsError
+from musetalk.errors import WeightsError
 from musetalk.foreign_pickle import read_foreign
 from musetalk.manifest import ALSO, MANIFEST, ModelVersion, WeightFile, find
 
@@ -302,7 +302,6 @@ def loading(name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    # The command reads settings, which the model must not: it lives beside the worker's other commands.
-    from weights_command import main
-
-    sys.exit(main())
+    # The command reads settings, which the model must not know. It is started by name, as the shell would, so that this
+    # module imports nothing above it.
+    runpy.run_module("worker.cli.weights", run_name="__main__")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from config import VARIABLES
-from jobs import PARAMS
+from worker.config import VARIABLES
+from worker.jobs import PARAMS
 
 ROOT = Path(__file__).resolve().parents[1]
 

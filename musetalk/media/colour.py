@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from errors import MediaError
+from musetalk.errors import MediaError
 from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour
 
 UNSPECIFIED = 2

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import MediaError
+from musetalk.errors import MediaError
 from musetalk.frames import Planes, UInt8Array, bgr_to_planes
 from musetalk.media.colour import ColourPlan, Tags, plan_colour
 from musetalk.media.limits import MediaLimits, SourceInfo

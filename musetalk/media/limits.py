@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-from errors import MediaError
+from musetalk.errors import MediaError
 from musetalk.frames import BT709, Colour
 
 

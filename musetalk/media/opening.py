@@ -17,7 +17,7 @@ from typing import Any, Literal
 import av
 import av.error
 
-from errors import MediaError, ProcessingError
+from musetalk.errors import MediaError, ProcessingError
 from musetalk.media.limits import MediaLimits
 
 PictureFormat = Literal["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]

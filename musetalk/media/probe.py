@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import av.error
 
-import errors
-from errors import MediaError, ProcessingError
+from musetalk import errors
+from musetalk.errors import MediaError, ProcessingError
 from musetalk.media import probe_child
 from musetalk.media.converting import applied_aspect, display_size, frame_colour, orientation
 from musetalk.media.limits import AudioInfo, MediaLimits, SourceInfo, audio_from_json, source_from_json
@@ -84,7 +84,7 @@ def probe_both(source: Path, audio: Path, limits: MediaLimits) -> tuple[SourceIn
 def _ask(kind: Literal["source", "audio"], path: Path, limits: MediaLimits) -> dict[str, Any]:
     plain = {name: str(value) if isinstance(value, Fraction) else value for name, value in asdict(limits).items()}
     # An isolated interpreter knows its own packages only; ours and those of PYTHONPATH are handed over.
-    root = os.path.dirname(os.path.abspath(errors.__file__))
+    root = str(Path(__file__).resolve().parents[2])
     sys_path = [root, *(os.path.abspath(entry) for entry in sys.path if entry)]
     request = {"kind": kind, "path": os.path.abspath(path), "limits": plain, "sys_path": sys_path}
     answer, status = _run_child(json.dumps(request), limits.probe_wall_s, kind)

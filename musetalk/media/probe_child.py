@@ -42,7 +42,7 @@ def _limit_process(*, cpu_s: int, memory_bytes: int) -> None:
 def _answer(kind: str, path: str, plain: dict[str, Any]) -> dict[str, Any]:
     from pathlib import Path
 
-    from errors import MuseTalkError
+    from musetalk.errors import MuseTalkError
     from musetalk.media.limits import MediaLimits, to_json
 
     rates = {name: Fraction(plain[name]) for name in ("min_rate", "raised_rate", "max_rate", "resampled_rate")}

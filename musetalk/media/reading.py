@@ -10,7 +10,7 @@ from typing import Any
 
 import av.error
 
-from errors import MediaError
+from musetalk.errors import MediaError
 from musetalk.frames import Planes
 from musetalk.media.converting import Deinterlacer, FrameConverter
 from musetalk.media.limits import MediaLimits, SourceInfo

@@ -16,7 +16,7 @@ import av.error
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import MediaError
+from musetalk.errors import MediaError
 from musetalk.media.limits import AudioInfo, MediaLimits
 from musetalk.media.opening import (
     audio_stream,

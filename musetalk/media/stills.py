@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from errors import MediaError, MuseTalkError, ProcessingError
+from musetalk.errors import MediaError, MuseTalkError, ProcessingError
 from musetalk.frames import Planes, UInt8Array, bgr_to_planes
 from musetalk.media.colour import Tags, plan_colour
 from musetalk.media.converting import over_white

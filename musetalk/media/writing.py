@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import DiskFullError, EncodeError, MediaError
+from musetalk.errors import DiskFullError, EncodeError, MediaError
 from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour, Matrix, Planes, black_planes, planes_to_bgr
 from musetalk.media.limits import MediaLimits
 from musetalk.media.opening import decode, open_container, prepare_decoder

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
-import openapi
 from app import create_app
-from config import load_settings
-from errors import MediaError, NoFaceError, OutOfMemoryError, UnavailableError
-from jobs import Job, JobResult
+from musetalk.errors import MediaError, NoFaceError, OutOfMemoryError, UnavailableError
 from musetalk_core import Core, Readiness
+from worker.config import load_settings
+from worker.jobs import Job, JobResult
+from worker.web import openapi
 
 GOOD = {"musetalk_job_id": "job-1", "video_url": "https://host/a.mp4", "audio_url": "https://host/a.wav"}
 

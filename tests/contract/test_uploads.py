@@ -13,12 +13,12 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-import openapi
 from app import create_app
-from errors import MediaError
-from jobs import Job, JobResult
+from musetalk.errors import MediaError
 from musetalk_core import JobProgress, Readiness
 from tests.contract.test_http import ScriptedCore
+from worker.jobs import Job, JobResult
+from worker.web import openapi
 
 
 class ReadingCore(ScriptedCore):

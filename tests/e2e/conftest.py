@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import load_settings
 from musetalk_core import Core
 from tests.support.tiny_models import write_tiny_models
+from worker.config import load_settings
 
 SHARED_MEDIA = Path(__file__).resolve().parents[3] / "shared" / "media"
 

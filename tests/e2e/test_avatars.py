@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config import load_settings
-from engine import engine_around
 from musetalk.avatars import SUFFIX, read_avatar
 from musetalk.geometry import Box
-from musetalk_core import Core, Rendered
+from musetalk_core import Core
 from tests.e2e.test_render import FACE, SomeFaces, frames_of, make_audio, make_source, render
+from worker.config import load_settings
+from worker.engine import Rendered, engine_around
 
 
 class MovingFaces(SomeFaces):
@@ -210,8 +210,8 @@ def test_a_failed_job_leaves_no_avatar(
     def progress(stage: str, done: int, _total: int) -> None:
         stopped[0] = stage == "inference" and done > 0
 
-    from errors import CancelledError
-    from jobs import JobParams
+    from musetalk.errors import CancelledError
+    from worker.jobs import JobParams
 
     with pytest.raises(CancelledError):
         worker.core.render(

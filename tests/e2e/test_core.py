@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from errors import DiskFullError, JobCancelledError, UnavailableError
-from jobs import parse_job
 from musetalk.acceleration import accelerator
+from musetalk.errors import DiskFullError, JobCancelledError, UnavailableError
 from musetalk.generator import Generator
 from musetalk.warming import warm_up
 from musetalk_core import Core
 from tests.e2e.test_render import FACE, make_audio, make_source
+from worker.jobs import parse_job
 
 
 @pytest.fixture

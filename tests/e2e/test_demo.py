@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from config import ROOT, load_settings
 from demo.evaluate import avatar_reader, quick_figures, read_frames
 from demo.export import MAX_BYTES
 from demo.make_pair import AVATAR, CLIP_S, FPS, MEDIA, POSE_SEED, SPEECH, natural_poses
 from demo.stages import MODELS
-from errors import WeightsError
 from musetalk import media
+from musetalk.errors import WeightsError
 from musetalk.geometry import ping_pong_index
 from musetalk.models import find_version
 from musetalk_core import Core
 from tests.support.server import Server
+from worker.config import ROOT, load_settings
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from downloads import DownloadSettings, fetch
-from errors import CancelledError, DiskFullError, DownloadError, ProcessingError
+from musetalk.errors import CancelledError, DiskFullError, DownloadError, ProcessingError
 from tests.support.media_host import Answer, MediaHost
+from worker.net.downloads import DownloadSettings, fetch
 
 BODY = random.Random(7).randbytes(300_000)
 ETAG = {"ETag": '"version-1"', "Content-Type": "video/mp4"}
@@ -427,7 +427,7 @@ def test_a_full_disk_is_told_before_and_while_writing(
 
 
 def test_a_disk_that_fills_up_leaves_nothing(host: MediaHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import downloads
+    from worker.net import downloads
 
     original = downloads._PartFile.__enter__
 

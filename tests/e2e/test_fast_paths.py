@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from config import load_settings
-from errors import CancelledError, MediaError, OutOfMemoryError
+from musetalk.errors import CancelledError, MediaError, OutOfMemoryError
 from musetalk.options import RenderOptions
 from musetalk.render import RenderSession, RenderSummary
 from musetalk_core import Core
 from tests.e2e.test_render import FACE, frames_of, make_audio, make_source
 from tests.support import clips
+from worker.config import load_settings
 
 Make = Callable[..., RenderSummary]
 
@@ -126,7 +126,7 @@ def test_a_cancel_ends_the_preparing_thread(make: Make, tmp_path: Path) -> None:
 
 
 def test_the_settings_reach_the_options(core: Core) -> None:
-    from jobs import JobParams
+    from worker.jobs import JobParams
 
     engine = core.engine
     plain = engine.options(JobParams(), None, None)

@@ -15,9 +15,9 @@ import psutil
 import pytest
 import requests
 
-from jobs import STAGES
 from tests.e2e.test_render import make_audio, make_source
 from tests.support.server import Server, wait_until
+from worker.jobs import STAGES
 
 StartServer = Callable[..., Server]
 

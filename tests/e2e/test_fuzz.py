@@ -13,9 +13,9 @@ import requests
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from openapi import job_schema
 from tests.support.schemas import JSON, values_of
 from tests.support.server import Server
+from worker.web.openapi import job_schema
 
 _KEYS = ["musetalk_job_id", "video_url", "audio_url", "aspect_ratio", "resolution", "params", "surplus"]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from config import load_settings
-from jobs import JobParams, Stage
 from musetalk.geometry import ping_pong_index
 from musetalk_core import Core
 from tests.e2e.test_render import durations_of, frames_of, make_audio, make_source
 from tests.support import clips
 from tests.support.tiny_models import write_tiny_models
+from worker.config import load_settings
+from worker.jobs import JobParams, Stage
 
 RATE = Fraction(30000, 1001)
 

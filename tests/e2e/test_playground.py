@@ -16,10 +16,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from config import ROOT
 from musetalk import media
 from tests.e2e.test_render import make_audio
 from tests.support.server import Server
+from worker.config import ROOT
 
 AVATAR = ROOT / "demo/media/avatar.mp4"
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -11,9 +11,8 @@ import cv2
 import numpy as np
 import pytest
 
-from errors import NoFaceError, RequestError
-from jobs import JobParams
 from musetalk import media
+from musetalk.errors import NoFaceError, RequestError
 from musetalk.frames import Planes, planes_to_bgr
 from musetalk.render import Preview
 from musetalk_core import Core
@@ -22,6 +21,7 @@ from tests.e2e.test_cli import run
 from tests.e2e.test_render import FACE, make_audio, make_source, render, with_faces
 from tests.e2e.test_silence import SOUND, write
 from tests.support import clips
+from worker.jobs import JobParams
 
 Whole = Callable[..., list[Planes]]
 

@@ -13,15 +13,15 @@ import av
 import numpy as np
 import pytest
 
-from engine import Engine
-from errors import CancelledError, MediaError, NoFaceError, RequestError
-from jobs import JobParams, Stage
 from musetalk import media
+from musetalk.errors import CancelledError, MediaError, NoFaceError, RequestError
 from musetalk.faces import Face
 from musetalk.frames import Planes
 from musetalk.geometry import Box, ping_pong_index
-from musetalk_core import Core, Rendered
+from musetalk_core import Core
 from tests.support import clips
+from worker.engine import Engine, Rendered
+from worker.jobs import JobParams, Stage
 
 SIZE = (192, 256)
 FACE = (50, 100, 142, 216)
@@ -362,8 +362,8 @@ def test_a_face_at_the_edge_of_the_picture_is_rendered(
 
 
 def test_version_one_runs_with_its_own_defaults(tmp_path: Path) -> None:
-    from config import load_settings
     from tests.support.tiny_models import write_tiny_models
+    from worker.config import load_settings
 
     models_dir = write_tiny_models(tmp_path / "models", "v1", as_safetensors=True)
     environment = {"MUSETALK_MODELS_DIR": str(models_dir), "MUSETALK_DEVICE": "cpu", "MUSETALK_CPU_THREADS": "1"}

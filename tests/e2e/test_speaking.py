@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from config import ROOT
 from demo.evaluate import avatar_reader, read_frames
 from demo.make_pair import AVATAR, CLIP_S, FPS, POSE_SEED, SPEECH, natural_poses
 from musetalk.geometry import ping_pong_index
@@ -21,6 +20,7 @@ from tests.e2e.test_buffer_mode import start_worker
 from tests.support import clips
 from tests.support.fake_orchestrator import FakeOrchestrator
 from tests.support.server import Server
+from worker.config import ROOT
 
 # Sound is made of a stretch of the sentence and a stretch of nothing.
 SPOKEN_S, SILENT_S = 2.4, 1.6

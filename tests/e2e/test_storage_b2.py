@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import requests
 
-import backblaze
-from backblaze import B2Store
-from errors import CancelledError, DeadlineError, SettingsError, StorageError
-from storage import B2Settings, LocalStoreSettings, StoredObject, open_store
+from musetalk.errors import CancelledError, DeadlineError, SettingsError, StorageError
+from storage import open_store
 from tests.support.fake_b2 import CAPABILITIES, FakeB2, Fault
 from tests.support.server import Server, wait_until
+from worker import backblaze
+from worker.backblaze import B2Settings, B2Store
+from worker.config import load_settings
+from worker.stored import StoredObject
 
 BODY = random.Random(3).randbytes(250_000)
 SHA1 = hashlib.sha1(BODY).hexdigest()
@@ -104,8 +106,10 @@ def test_the_video_and_its_sidecar_are_stored_and_the_link_works(b2: FakeB2, vid
     }
 
 
-def test_the_store_is_chosen_by_the_settings(b2: FakeB2, video: Path, tmp_path: Path) -> None:
-    store = open_store(settings(b2), LocalStoreSettings(tmp_path / "outputs", "http://localhost:8000"))
+def test_the_store_is_chosen_by_the_settings(b2: FakeB2, video: Path) -> None:
+    key_id, app_key = b2.key
+    environment = {"B2_KEY_ID": key_id, "B2_APP_KEY": app_key, "B2_BUCKET_NAME": b2.bucket, "B2_REALM": b2.realm}
+    store = open_store(load_settings(environment, env_file=None))
     assert isinstance(store, B2Store)
     check(b2, put(store, video))
 

@@ -15,16 +15,16 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-import engine
-from config import load_settings
-from engine import DEMO_MODELS, EngineLoader
-from errors import WeightsError
 from musetalk import devices, manifest
+from musetalk.errors import WeightsError
 from musetalk.fetching import Watcher
 from musetalk_core import Core
 from tests.support.fake_hub import SIGNATURE, TOKEN, FakeHub, Order, manifest_of
 from tests.support.server import Server, wait_until
 from tests.support.small_manifest import install, write_manifest
+from worker import engine
+from worker.config import load_settings
+from worker.engine import DEMO_MODELS, EngineLoader
 
 ROOT = Path(__file__).resolve().parents[2]
 UNET, UNET_AT = "musetalkV15/unet.pth", "TMElyralab/MuseTalk/musetalkV15/unet.pth"

@@ -36,7 +36,7 @@ def _install() -> None:
 
     from musetalk.generator import Generator
     from musetalk.media import VideoWriter
-    from telemetry import StageClock
+    from worker.telemetry import StageClock
 
     stage_of, start, write = StageClock.stage, Generator.start, VideoWriter.write
 

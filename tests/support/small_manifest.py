@@ -44,7 +44,7 @@ def main() -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         arguments = arguments[2:]
     # After the manifest: the command takes what it imports by name.
-    import weights_command
+    from worker.cli import weights as weights_command
 
     return weights_command.main(arguments)
 

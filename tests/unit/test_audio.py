@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from errors import MediaError, ProcessingError, WeightsError
 from musetalk import audio
+from musetalk.errors import MediaError, ProcessingError, WeightsError
 from tests.support.seeded import fill
 
 CPU = torch.device("cpu")

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import ROOT
 from musetalk.avatars import (
     SUFFIX,
     Arena,
@@ -31,6 +30,7 @@ from musetalk.avatars import (
 from musetalk.blending import PastePlan
 from musetalk.faces import Face
 from musetalk.geometry import Box
+from worker.config import ROOT
 
 MIB = 2**20
 

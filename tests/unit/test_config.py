@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from config import ROOT, VARIABLES, Settings, bind_addresses, load_settings
-from errors import SettingsError
+from musetalk.errors import SettingsError
+from worker.config import ROOT, VARIABLES, Settings, bind_addresses, load_settings
 
 
 def load(**environment: str) -> Settings:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import GpuLostError, OutOfMemoryError
 from musetalk.acceleration import frames_that_fit
 from musetalk.devices import (
     GpuFacts,
@@ -19,6 +18,7 @@ from musetalk.devices import (
     memory_bytes,
     try_out,
 )
+from musetalk.errors import GpuLostError, OutOfMemoryError
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import downloads
-from addresses import Target, is_listed, parse_target, redact_url, refusal, resolve_host
-from downloads import DownloadSettings, fetch
-from errors import CancelledError, DownloadError
+from musetalk.errors import CancelledError, DownloadError
+from worker.net import downloads
+from worker.net.addresses import Target, is_listed, parse_target, redact_url, refusal, resolve_host
+from worker.net.downloads import DownloadSettings, fetch
 
 PUBLIC = "93.184.215.14"
 

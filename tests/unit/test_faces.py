@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from errors import MediaError, ProcessingError
 from musetalk import faces
+from musetalk.errors import MediaError, ProcessingError
 from musetalk.faces import Face
 from musetalk.geometry import Box
 from musetalk.networks.bisenet import BiseNet

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from errors import DiskFullError
+from musetalk.errors import DiskFullError
 from musetalk.frame_store import FrameStore
 
 Record = dict[str, NDArray[Any]]

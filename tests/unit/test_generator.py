@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import ProcessingError, WeightsError
 from musetalk import generator, weights
+from musetalk.errors import ProcessingError, WeightsError
 from musetalk.generator import Generator, crop_patch, positional_encoding
 from musetalk.geometry import Box
 from tests.support.seeded import fill, seeded_state

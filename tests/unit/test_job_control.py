@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from errors import DeadlineError, JobCancelledError, ShutdownError
-from job_control import STUCK_AFTER_S, JobControl
+from musetalk.errors import DeadlineError, JobCancelledError, ShutdownError
+from worker.job_control import STUCK_AFTER_S, JobControl
+from worker.jobs import http_status
 
 
 class Clock:
@@ -39,14 +40,14 @@ def test_the_first_reason_is_told(control: JobControl) -> None:
     assert control.should_stop()
     error = control.error()
     assert isinstance(error, ShutdownError)
-    assert (error.http_status, error.retryable) == (503, True)
+    assert (http_status(error), error.retryable) == (503, True)
 
 
 def test_a_cancel_is_an_end_that_nobody_retries(control: JobControl) -> None:
     control.stop("cancelled")
     error = control.error()
     assert isinstance(error, JobCancelledError)
-    assert (error.http_status, error.retryable) == (409, False)
+    assert (http_status(error), error.retryable) == (409, False)
 
 
 def test_a_stage_limit_counts_from_the_stage_and_ends_with_it(control: JobControl, clock: Clock) -> None:

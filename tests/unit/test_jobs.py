@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import MediaError, MuseTalkError, ProcessingError, RequestError, UnavailableError, WeightsError
-from jobs import ALWAYS_REPORTED, JobParams, JobResult, error_body, parse_job, parse_params, result_body
+from musetalk.errors import MediaError, MuseTalkError, ProcessingError, RequestError, UnavailableError, WeightsError
+from worker.jobs import ALWAYS_REPORTED, JobParams, JobResult, error_body, parse_job, parse_params, result_body
 
 GOOD = {"musetalk_job_id": "job-1", "video_url": "https://host/a.mp4", "audio_url": "https://host/a.wav"}
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-import lifecycle
-from lifecycle import EXIT_ABORTED, EXIT_RESTART, LAST_WORDS_S, Lifecycle
+from worker import lifecycle
+from worker.lifecycle import EXIT_ABORTED, EXIT_RESTART, LAST_WORDS_S, Lifecycle
 
 
 class Notes:
@@ -54,7 +54,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(notes: Notes, graceful_s: float) -> Lifecycle:
     life = Lifecycle(
-        notes,  # type: ignore[arg-type]
+        notes,
         lambda: notes,
         graceful_s=graceful_s,
         exit_now=lambda status: notes.note(("exit", status)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from errors import MediaError
+from musetalk.errors import MediaError
 from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour
 from musetalk.media.colour import Tags, plan_colour
 

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from errors import MediaError, ProcessingError
+from musetalk.errors import MediaError, ProcessingError
 from musetalk.media import (
     MediaLimits,
     inspect_audio,
@@ -179,7 +179,7 @@ MEASURE = """
 import json, resource, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from errors import MuseTalkError
+from musetalk.errors import MuseTalkError
 from musetalk.media import MediaLimits, probe_source
 for line in sys.stdin:
     started = time.monotonic()

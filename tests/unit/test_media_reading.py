@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from errors import MediaError
+from musetalk.errors import MediaError
 from musetalk.frames import BT601_NTSC, BT709, Planes, bgr_to_planes, planes_to_bgr
 from musetalk.media import MediaLimits, SourceFrame, SourceInfo, inspect_source, probe_source, read_source
 from tests.support import clips

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from errors import MediaError
+from musetalk.errors import MediaError
 from musetalk.media import (
     AudioInfo,
     MediaLimits,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from errors import MediaError, ProcessingError
+from musetalk.errors import MediaError, ProcessingError
 from musetalk.frames import BT601_NTSC, BT709, bgr_to_planes, planes_to_bgr
 from musetalk.media import MediaLimits, SourceInfo, inspect_source, probe_source, read_source
 from tests.support.clips import picture, read_number

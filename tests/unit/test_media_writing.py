@@ -19,8 +19,8 @@ import av
 import numpy as np
 import pytest
 
-from errors import DiskFullError, EncodeError, MediaError
 from musetalk import media
+from musetalk.errors import DiskFullError, EncodeError, MediaError
 from musetalk.frames import BT601_PAL, BT709, Colour, Planes
 from musetalk.media import writing
 from musetalk.media.writing import encoder_errors, index_comes_first

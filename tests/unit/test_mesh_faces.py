@@ -10,8 +10,8 @@ import pytest
 from demo.identity import random_identity
 from demo.portrait import Portrait, Pose
 from demo.visemes import SHUT
-from errors import WeightsError
 from musetalk import mesh_faces
+from musetalk.errors import WeightsError
 from musetalk.mesh_faces import JawParser, MeshFaceFinder, NoFaceFinder, find_files, jaw_labels
 
 

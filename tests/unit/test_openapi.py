@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from errors import RequestError
-from jobs import PARAMS, parse_job
-from openapi import document, job_schema
+from musetalk.errors import RequestError
 from tests.support.schemas import values_of
+from worker.jobs import PARAMS, parse_job
+from worker.web.openapi import document, job_schema
 
 GOOD = {"musetalk_job_id": "job-1", "video_url": "https://host/a.mp4", "audio_url": "https://host/a.wav"}
 

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import DownloadError, MediaError, ProcessingError
-from jobs import STAGES, error_body
-from orchestrator import (
+from musetalk.errors import DownloadError, MediaError, ProcessingError
+from tests.support.fake_orchestrator import Answer, Call, FakeOrchestrator, Times
+from worker.jobs import STAGES, error_body
+from worker.orchestrator import (
     Orchestrator,
     OrchestratorSettings,
     ProgressSender,
@@ -27,7 +28,6 @@ from orchestrator import (
     failed_update,
     stage_update,
 )
-from tests.support.fake_orchestrator import Answer, Call, FakeOrchestrator, Times
 
 
 @pytest.fixture

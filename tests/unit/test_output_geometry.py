@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from errors import RequestError
+from musetalk.errors import RequestError
 from musetalk.geometry import Box
 from musetalk.output_geometry import (
     MAX_SIDE,

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from config import load_settings
-from errors import MediaError
-from jobs import Job, JobResult
+from musetalk.errors import MediaError
 from musetalk_core import Core, Readiness
-from orchestrator import OrchestratorSettings
 from poller import Backoff, Outbox, Poller, Report
 from tests.contract.test_http import a_result
 from tests.support.fake_orchestrator import Answer, FakeOrchestrator, Times
+from worker.config import load_settings
+from worker.jobs import Job, JobResult
+from worker.orchestrator import OrchestratorSettings
 
 JOB = {
     "buffer_job_id": "b-1",

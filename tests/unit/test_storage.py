@@ -15,8 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import CancelledError, DeadlineError, DiskFullError, ProcessingError, SettingsError, StorageError
-from storage import B2Settings, LocalStore, LocalStoreSettings, StoredObject, object_name, open_store
+from musetalk.errors import CancelledError, DeadlineError, DiskFullError, ProcessingError, SettingsError, StorageError
+from storage import LocalStore, LocalStoreSettings, open_store
+from worker.backblaze import B2Settings
+from worker.config import load_settings
+from worker.stored import StoredObject, object_name
 
 BASE = "http://localhost:8000"
 BODY = b"mp4" * 700_000
@@ -105,7 +108,10 @@ def test_secrets_are_not_shown() -> None:
 
 
 def test_without_a_bucket_the_folder_is_the_store(tmp_path: Path) -> None:
-    assert isinstance(open_store(None, LocalStoreSettings(tmp_path, BASE)), LocalStore)
+    settings = load_settings({"OUTPUT_DIR": str(tmp_path)}, env_file=None)
+    store = open_store(settings)
+    assert isinstance(store, LocalStore)
+    assert store.folder == tmp_path
 
 
 def test_the_file_and_its_sidecar_appear_in_the_folder(store: LocalStore, video: Path) -> None:

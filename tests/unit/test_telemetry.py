@@ -7,9 +7,9 @@ import logging
 
 import pytest
 
-from errors import JobCancelledError, MediaError, ShutdownError
-from jobs import STAGES
-from telemetry import JsonFormatter, Metrics, StageClock, job_logging, keep_secret
+from musetalk.errors import JobCancelledError, MediaError, ShutdownError
+from worker.jobs import STAGES
+from worker.telemetry import JsonFormatter, Metrics, StageClock, job_logging, keep_secret
 
 
 def formatted(message: str, **extra: object) -> dict[str, object]:

@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from errors import WeightsError
 from musetalk import manifest, weights
+from musetalk.errors import WeightsError
 from musetalk.foreign_pickle import rebuild_tensor
 from musetalk.networks.rtmpose import rtmpose_from_state
 from tests.support.tiny_models import write_tiny_models

@@ -17,16 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import weights_command
-from errors import WeightsError
 from musetalk import fetching, manifest, weights
 from musetalk.converting_weights import convert
+from musetalk.errors import WeightsError
 from musetalk.fetching import Progress, Watcher, fetch
 from musetalk.manifest import WeightFile, read_record
 from musetalk.models import load_models
 from musetalk.verifying import verify
 from tests.support.fake_hub import COMMIT, SIGNATURE, TOKEN, FakeHub, Order, manifest_of
 from tests.support.tiny_models import write_tiny_models
+from worker.cli import weights as weights_command
 
 UNET, S3FD, VAE = "musetalkV15/unet.pth", "s3fd-619a316812.pth", "sd-vae/diffusion_pytorch_model.bin"
 POSE, CONFIG = "dwpose/dw-ll_ucoco_384.pth", "musetalkV15/musetalk.json"

@@ -18,12 +18,12 @@ from flask import Blueprint, Flask, Request, Response, current_app, request, sen
 from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import RequestEntityTooLarge
 
-from config import ROOT, Settings
-from errors import RequestError
-from jobs import Job, parse_upload
-from musetalk_core import WORK_PREFIX
+from musetalk.errors import RequestError
+from worker.config import ROOT, Settings
+from worker.jobs import Job, parse_upload
+from worker.work_dir import WORK_PREFIX
 
-_PAGE = ROOT / "page"
+_PAGE = Path(__file__).resolve().parent / "page"
 _DEMO_MEDIA = ROOT / "demo/media"
 # Everything comes from here; what plays is what the page holds itself, or a bucket's link.
 _POLICY = (

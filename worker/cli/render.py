@@ -5,16 +5,59 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from config import load_settings
-from engine import check_inputs
-from errors import MuseTalkError
-from jobs import JobParams, Stage, parse_params
-from musetalk_core import Core, Rendered
-from telemetry import configure_logging
-from weights_command import watching
+from musetalk.errors import MuseTalkError
+from worker.cli.weights import watching
+from worker.config import Settings, load_settings
+from worker.engine import Rendered, check_inputs
+from worker.jobs import JobParams, Stage, parse_params
+from worker.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from musetalk.fetching import Watcher
+    from musetalk.render import Preview
+
+
+class Renderer(Protocol):
+    """The core, as far as the command line needs it; see `musetalk_core.Core` for the arguments and errors."""
+
+    def load(self) -> None:
+        """Load the models."""
+
+    def render(
+        self,
+        source: Path,
+        audio: Path,
+        output: Path,
+        params: JobParams | None = None,
+        *,
+        aspect_ratio: str | None = None,
+        resolution: str | None = None,
+        on_progress: Callable[[Stage, int, int], None] = ...,
+    ) -> Rendered:
+        """Write the video to `output`."""
+
+    def preview(
+        self,
+        source: Path,
+        audio: Path,
+        time_s: float,
+        params: JobParams | None = None,
+        *,
+        aspect_ratio: str | None = None,
+        resolution: str | None = None,
+    ) -> Preview:
+        """Make one picture of the video."""
+
+
+class RendererFactory(Protocol):
+    """Makes the core; handed in, because the core's module runs this command and must not be imported by it."""
+
+    def __call__(self, settings: Settings, *, fetch_watcher: Watcher) -> Renderer:
+        """A core that has not loaded anything yet."""
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -67,8 +110,8 @@ def _params_from(pairs: Sequence[str]) -> JobParams:
     return params
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status (0 made, 1 could not be made)."""
+def main(make_core: RendererFactory, arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status (0 made, 1 could not be made)."""
     configure_logging("warning", sys.stderr)
     given = _parse_arguments(arguments)
     try:
@@ -78,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_inputs(settings, given.source, given.audio)
         print(f"loading the models from {settings.models_dir}", file=sys.stderr)
         with watching() as watcher:
-            core = Core(settings, fetch_watcher=watcher)
+            core = make_core(settings, fetch_watcher=watcher)
             core.load()
         if given.preview is None:
             _print_summary(given.output, _render(core, given, params))
@@ -93,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _render(core: Core, given: argparse.Namespace, params: JobParams) -> Rendered:
+def _render(core: Renderer, given: argparse.Namespace, params: JobParams) -> Rendered:
     from tqdm import tqdm
 
     with tqdm(unit="frame", desc="validation", file=sys.stderr, dynamic_ncols=True) as bar:
@@ -115,7 +158,7 @@ def _render(core: Core, given: argparse.Namespace, params: JobParams) -> Rendere
         )
 
 
-def _preview(core: Core, given: argparse.Namespace, params: JobParams) -> None:
+def _preview(core: Renderer, given: argparse.Namespace, params: JobParams) -> None:
     preview = core.preview(
         given.source,
         given.audio,

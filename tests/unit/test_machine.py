@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from config import ROOT
-from errors import DiskFullError
-from fitness import FolderLock, check_room, folder_problem, has_gpu_hardware
+from musetalk.errors import DiskFullError
+from worker.config import ROOT
+from worker.machine import check_room, folder_problem, has_gpu_hardware
+from worker.work_dir import FolderLock
 
 
 def test_a_folder_is_made_and_fit(tmp_path: Path) -> None:
@@ -39,7 +40,10 @@ def test_a_folder_that_cannot_be_made_is_named_by_its_setting(tmp_path: Path) ->
 
 def test_a_folder_is_locked_once_and_a_killed_process_gives_it_back(tmp_path: Path) -> None:
     folder = tmp_path / "work"
-    taking = f"from fitness import *; l = FolderLock(Path({str(folder)!r})); print(l.acquire(), flush=True); input()"
+    taking = (
+        "from pathlib import Path; from worker.work_dir import FolderLock; "
+        f"l = FolderLock(Path({str(folder)!r})); print(l.acquire(), flush=True); input()"
+    )
     holder = subprocess.Popen(
         [sys.executable, "-c", taking], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

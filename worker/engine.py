@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import ROOT, Settings
-from errors import MuseTalkError, ProcessingError, WeightsError
-from fitness import folder_problem, has_gpu_hardware
-from jobs import JobParams
-from telemetry import Metrics, logger
+from musetalk.errors import MuseTalkError, ProcessingError, WeightsError
+from worker.config import ROOT, Settings
+from worker.jobs import JobParams
+from worker.machine import folder_problem, has_gpu_hardware
+from worker.telemetry import Metrics, StageClock, logger
 
 if TYPE_CHECKING:
     from musetalk.avatars import AvatarCache
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from musetalk.media import EncoderSettings, MediaLimits
     from musetalk.models import Models
     from musetalk.options import RenderOptions
-    from musetalk.render import RenderSession
+    from musetalk.render import RenderSession, RenderSummary
     from musetalk.weights import ModelVersion
 
 _MIB = 2**20
@@ -31,6 +31,15 @@ DEMO_MODELS = ROOT / "demo/models"
 # A line in the log every so many percent of fetched weights.
 _LOG_PERCENT = 5
 LOADING = "the models are loading"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A finished local file and how it was made."""
+
+    summary: RenderSummary
+    clock: StageClock
+    model: str
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import random
 import re
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -41,9 +42,9 @@ from b2sdk.v3.exception import (
     UnusableFileName,
 )
 
-from connections import CutSwitch, SwitchedAdapter, describe
-from errors import CancelledError, DeadlineError, MuseTalkError, ProcessingError, SettingsError, StorageError
-from storage import B2Settings, StoredObject, TimeLimit, object_name, sha1_of, sidecar_bytes
+from musetalk.errors import CancelledError, DeadlineError, MuseTalkError, ProcessingError, SettingsError, StorageError
+from worker.net.connections import CutSwitch, SwitchedAdapter, describe
+from worker.stored import StoredObject, TimeLimit, object_name, sha1_of, sidecar_bytes
 
 logger = logging.getLogger("musetalk.backblaze")
 # Below warnings b2sdk writes its calls with their arguments, tokens among them, and whole answers of the server.
@@ -56,7 +57,36 @@ _POLL_S = 0.05
 _MAX_SIDECAR_S = 30.0
 _CHECK_S = 20.0
 
+MAX_LINK_LIFETIME_S = 604_800
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class B2Settings:
+    """What reaches one bucket; key and key id are kept out of `repr`. Times in seconds.
+
+    `realm` is `production` or the address of another B2. `is_private` says how links are made when B2 cannot be asked
+    (None: ask); a private bucket's links carry a token that ends after `link_lifetime_s`.
+    """
+
+    key_id: str = field(repr=False)
+    app_key: str = field(repr=False)
+    bucket: str
+    prefix: str = "avatar/outputs"
+    realm: str = "production"
+    is_private: bool | None = None
+    link_lifetime_s: int = MAX_LINK_LIFETIME_S
+    tries: int = 6
+    backoff_s: float = 1.0
+    max_backoff_s: float = 20.0
+    connect_timeout_s: float = 10.0
+    idle_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.link_lifetime_s <= MAX_LINK_LIFETIME_S:
+            raise SettingsError(f"the lifetime of links must be 1 to {MAX_LINK_LIFETIME_S} seconds")
+        object_name(self.prefix, "x" * 1000)  # raises for a prefix that no name fits behind
 
 
 class _StoppedError(B2Error):  # type: ignore[misc]  # b2sdk carries no types

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Literal, Protocol
 
-from musetalk_core import Core
-from telemetry import logger
+from worker.job_control import StopReason
+from worker.telemetry import logger
 
 Word = Literal["stop", "abort", "restart"]
 
@@ -27,6 +27,18 @@ ABORT_S = 1.5
 RESTART_S = 30.0
 EXIT_ABORTED = 1
 EXIT_RESTART = 70  # EX_SOFTWARE
+
+
+class JobOwner(Protocol):
+    """The core, as far as the end of the process concerns it."""
+
+    on_lost: Callable[[str], None] | None
+
+    def drain(self) -> None:
+        """Accept no further job; called from signal handlers as well."""
+
+    def stop_running(self, reason: StopReason) -> bool:
+        """Stop the running job at its next chunk; return whether there was one."""
 
 
 class Stoppable(Protocol):
@@ -46,7 +58,7 @@ class Lifecycle(threading.Thread):
 
     def __init__(
         self,
-        core: Core,
+        core: JobOwner,
         claim_loop: Callable[[], Stoppable | None],
         *,
         graceful_s: float,

@@ -1,19 +1,16 @@
-"""Whether the machine can do a job: room, rights and sole use of folders. Knows folders, nothing of GPUs or jobs."""
+"""The machine: room and rights in folders, whether it has a GPU, freed memory returned. Knows no jobs."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
-import fcntl
 import gc
 import os
 import shutil
 import tempfile
-import weakref
 from pathlib import Path
 
-from errors import DiskFullError
+from musetalk.errors import DiskFullError
 
 _MIB = 2**20
 
@@ -42,27 +39,6 @@ def check_room(folder: Path, min_free_mb: int) -> None:
         raise DiskFullError(
             "the disk has too little room for a job", free_mb=free_mb, min_free_mb=min_free_mb, kind="disk"
         )
-
-
-class FolderLock:
-    """The sole use of a folder by one process for as long as it lives; a killed one's ends with it."""
-
-    def __init__(self, folder: Path) -> None:
-        """Makes the folder if it is absent; raises OSError where that cannot be."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        weakref.finalize(self, os.close, self._fd)
-
-    def acquire(self) -> bool:
-        """Take the folder at once or not at all; whether it is ours. Where the file system has no locks it is."""
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-        return True
 
 
 def has_gpu_hardware(dev: Path = Path("/dev")) -> bool:

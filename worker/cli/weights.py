@@ -12,11 +12,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from config import Settings, load_settings
-from errors import MuseTalkError
 from musetalk import manifest
+from musetalk.errors import MuseTalkError
 from musetalk.fetching import Progress, Watcher, every, fetch
 from musetalk.manifest import ModelVersion
+from worker.config import Settings, load_settings
 
 # Without a terminal, a line every so many percent.
 _STEP_PERCENT = 10
@@ -133,3 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("stopped; the same command goes on where it stopped")
         return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

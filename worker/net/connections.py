@@ -21,7 +21,7 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-from addresses import Resolver, Target
+from worker.net.addresses import Resolver, Target
 
 # At debug level urllib3 writes every path with its query, and the query is where signatures are.
 logging.getLogger("urllib3").setLevel(logging.INFO)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from errors import MuseTalkError, RequestError
+from musetalk.errors import JobCancelledError, MediaError, MuseTalkError, RequestError, ShutdownError, UnavailableError
 
 ParsingMode = Literal["jaw", "raw", "neck"]
 LoopMode = Literal["ping_pong", "loop", "hold", "trim"]
@@ -327,16 +327,32 @@ def _rendering_s(stage_times: Mapping[str, float]) -> float:
     return sum(stage_times.get(stage, 0.0) for stage in ("preprocessing", "inference", "postprocessing"))
 
 
+# Answers to the caller: 4xx is final for Salad's queue and for the orchestrator, 5xx may be tried again. The nearest
+# class in an error's ancestry counts; what is not listed is 500.
+HTTP_STATUSES: dict[type[MuseTalkError], int] = {
+    MediaError: 422,
+    JobCancelledError: 409,
+    ShutdownError: 503,
+    UnavailableError: 503,
+}
+
+
+def http_status(error: BaseException) -> int:
+    """The HTTP status that answers `error`."""
+    return next((HTTP_STATUSES[kind] for kind in type(error).__mro__ if kind in HTTP_STATUSES), 500)
+
+
 def error_body(error: BaseException, *, job_id: str | None = None) -> tuple[int, dict[str, object]]:
     """HTTP status and body for any exception; the only place where an error becomes JSON.
 
     What we did not raise on purpose is an `unknown_error`: its text may hold anything, so only its class is told.
     """
+    status = http_status(error)
     if isinstance(error, MuseTalkError):
-        status, error_type, message = error.http_status, error.error_type, error.message
+        error_type, message = error.error_type, error.message
         stage, retryable, details = error.stage or "unknown", error.retryable, _json_details(error.details)
     else:
-        status, error_type, message = 500, "unknown_error", f"unexpected {type(error).__name__}"
+        error_type, message = "unknown_error", f"unexpected {type(error).__name__}"
         stage, retryable, details = getattr(error, "stage", None) or "unknown", False, {}
     body: dict[str, object] = {
         "status": "failed",

@@ -17,11 +17,11 @@ from urllib.parse import quote
 
 import requests
 
-from config import Settings
-from connections import CutSwitch, SwitchedAdapter
-from errors import MuseTalkError
-from jobs import JobResult, Stage, result_body
-from telemetry import logger
+from musetalk.errors import MuseTalkError
+from worker.config import Settings
+from worker.jobs import JobResult, Stage, result_body
+from worker.net.connections import CutSwitch, SwitchedAdapter
+from worker.telemetry import logger
 
 Status = Literal["idle", "busy"]
 

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
-from errors import DeadlineError, JobCancelledError, MuseTalkError, ShutdownError
-from jobs import Stage
+from musetalk.errors import DeadlineError, JobCancelledError, MuseTalkError, ShutdownError
+from worker.jobs import Stage
 
 StopReason = Literal["cancelled", "shutdown", "job limit", "stage limit"]
 

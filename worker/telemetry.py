@@ -20,12 +20,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 
-from errors import JobCancelledError, MediaError, MuseTalkError, ProcessingError, ShutdownError
-from jobs import STAGES, Stage
+from musetalk.errors import JobCancelledError, MediaError, MuseTalkError, ProcessingError, ShutdownError
+from worker.jobs import STAGES, Stage
 
 logger = logging.getLogger("musetalk")
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 _job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import idna
 
-from errors import DownloadError
+from musetalk.errors import DownloadError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver = Callable[[str, int], Sequence[str]]

@@ -34,9 +34,16 @@ from urllib.parse import unquote, urljoin, urlsplit
 import requests
 import urllib3
 
-from addresses import Resolver, Target, check_addresses, check_target, parse_target, redact_url, resolve_host
-from connections import CutSwitch, PinnedAdapter, describe, is_bad_certificate, is_unreachable, resolve_within
-from errors import CancelledError, DiskFullError, DownloadError, ProcessingError
+from musetalk.errors import CancelledError, DiskFullError, DownloadError, ProcessingError
+from worker.net.addresses import Resolver, Target, check_addresses, check_target, parse_target, redact_url, resolve_host
+from worker.net.connections import (
+    CutSwitch,
+    PinnedAdapter,
+    describe,
+    is_bad_certificate,
+    is_unreachable,
+    resolve_within,
+)
 
 logger = logging.getLogger("musetalk.downloads")
 

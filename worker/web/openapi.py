@@ -5,7 +5,7 @@ Knows the wire, no Flask.
 
 from __future__ import annotations
 
-from jobs import ALWAYS_REPORTED, MAX_ID_LENGTH, MAX_TEXT_LENGTH, MAX_URL_LENGTH, PARAMS, STAGES
+from worker.jobs import ALWAYS_REPORTED, MAX_ID_LENGTH, MAX_TEXT_LENGTH, MAX_URL_LENGTH, PARAMS, STAGES
 
 Json = dict[str, object]
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from dotenv import dotenv_values
 
-from errors import SettingsError
+from musetalk.errors import SettingsError
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}

@@ -33,7 +33,6 @@ class MuseTalkError(Exception):
     """Base of all errors raised on purpose; the text is written for the reader of the log."""
 
     error_type: ClassVar[str] = "unknown_error"
-    http_status: ClassVar[int] = 500
     default_retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, retryable: bool | None = None, **details: object) -> None:
@@ -50,7 +49,6 @@ class MediaError(MuseTalkError):
     """The input is at fault; the worker is healthy and a retry would end the same way."""
 
     error_type = "media_error"
-    http_status = 422
 
 
 class DownloadError(MediaError):
@@ -107,14 +105,11 @@ class CancelledError(ProcessingError):
 class JobCancelledError(CancelledError):
     """The job's caller wants it no more; an answer that Salad counts as an end, so that it is not run again."""
 
-    http_status = 409
     default_retryable = False
 
 
 class ShutdownError(CancelledError):
     """The worker ends before the job does; another one should run it."""
-
-    http_status = 503
 
 
 class GpuLostError(ProcessingError):
@@ -123,8 +118,6 @@ class GpuLostError(ProcessingError):
 
 class UnavailableError(ProcessingError):
     """The worker is busy, starting or shutting down."""
-
-    http_status = 503
 
 
 class SettingsError(MuseTalkError):

@@ -1,0 +1,1 @@
+"""Commands for people: render one video, look after the weights."""

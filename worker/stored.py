@@ -1,0 +1,153 @@
+"""Parts that every store shares: the stored object, the names of objects, the sidecar's bytes, the limit of one upload.
+
+Knows neither the bucket nor the local folder, no downloads, no jobs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from musetalk.errors import CancelledError, DeadlineError, DiskFullError, ProcessingError, SettingsError, StorageError
+
+_BLOCK_BYTES = 2**20
+_POLL_S = 0.05
+_MAX_NAME_BYTES = 1000
+_MAX_STEM = 200
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """A finished file where callers can reach it; `url` may carry a token, so it is kept out of `repr`."""
+
+    name: str
+    url: str = field(repr=False)
+    n_bytes: int
+    sha1: str
+    bucket: str | None
+
+
+class Store(Protocol):
+    """Where finished files go."""
+
+    def check(self) -> None:
+        """Find out before the first job what would keep every upload from working; tells the rest in the log.
+
+        Raises SettingsError when the store refuses what this worker was given (key, bucket, rights). One that cannot be
+        reached now may be there when the first video is finished.
+        """
+
+    def upload(
+        self,
+        path: Path,
+        job_id: str | None,
+        sidecar: Mapping[str, object],
+        *,
+        deadline_s: float,
+        should_stop: Callable[[], bool] = ...,
+    ) -> StoredObject:
+        """Store the MP4 at `path` and its sidecar; a repeated job id replaces what was stored before.
+
+        The sidecar is stored with `b2_bucket`, `b2_file_name`, `size_bytes` and `sha1` filled in; when it cannot be
+        stored that is logged and the upload still counts. Raises StorageError, DeadlineError after `deadline_s`
+        seconds, CancelledError once `should_stop()` is true, DiskFullError.
+        """
+
+
+def object_name(prefix: str, job_id: str | None, suffix: str = ".mp4") -> str:
+    """The object's name for a job: `{prefix}/{job id}.mp4`, or `manual-{uuid4}` without an id (protocol section 7).
+
+    Letters, digits, `-`, `_` and inner dots stay; every other byte becomes `~XX`, and a long id is cut and gets a hash,
+    so that any two ids have two names and each name is safe in a URL, a bucket and a folder. Raises SettingsError when
+    the prefix leaves no room.
+    """
+    stem = _escape(job_id) if job_id else f"manual-{uuid.uuid4()}"
+    if len(stem) > _MAX_STEM:
+        digest = hashlib.sha256(str(job_id).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        stem = f"{stem[:_MAX_STEM]}~~{digest}"
+    parts = [_escape(part) for part in prefix.split("/") if part]
+    name = "/".join([*parts, stem + suffix])
+    if len(name) > _MAX_NAME_BYTES or any(len(part) > 250 for part in parts):
+        raise SettingsError("the prefix of object names is too long")
+    return name
+
+
+def _escape(text: str) -> str:
+    escaped = re.sub(rb"[^A-Za-z0-9._-]", lambda match: b"~%02X" % match[0][0], text.encode("utf-8", "surrogatepass"))
+    return re.sub(r"^\.", "~2E", escaped.decode("ascii"))
+
+
+def sidecar_bytes(sidecar: Mapping[str, object], stored: StoredObject) -> bytes:
+    """The sidecar as JSON, with what only the store knows filled in."""
+    body = {
+        **sidecar,
+        "b2_bucket": stored.bucket,
+        "b2_file_name": stored.name,
+        "size_bytes": stored.n_bytes,
+        "sha1": stored.sha1,
+    }
+    return json.dumps(body, ensure_ascii=False, indent=1, default=str).encode("utf-8", "replace")
+
+
+class TimeLimit:
+    """The deadline of one upload, and whether its job is to stop."""
+
+    def __init__(self, seconds: float, should_stop: Callable[[], bool]) -> None:
+        self._seconds = seconds
+        self._until = time.monotonic() + seconds
+        self._should_stop = should_stop
+        self.last_fault = ""
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self._until - time.monotonic()
+
+    def check(self) -> None:
+        """Raise CancelledError or DeadlineError when it is time to end."""
+        if self._should_stop():
+            raise CancelledError("the job was told to stop during the upload")
+        if self.left() <= 0:
+            text = f"the upload did not finish within {self._seconds:g} s"
+            raise DeadlineError(text + (f": {self.last_fault}" if self.last_fault else ""), limit_s=self._seconds)
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but not beyond the deadline or a stop."""
+        until = time.monotonic() + seconds
+        while (rest := until - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(rest, _POLL_S))
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn what the local disk says into our errors, without its paths."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskFullError("the disk of the output folder is full") from None
+        name = errno.errorcode.get(problem.errno or 0, "unknown")
+        raise StorageError(f"the finished file could not be read or stored ({name})") from None
+
+
+def sha1_of(path: Path, limit: TimeLimit, copy: Callable[[bytes], object] = len) -> tuple[str, int]:
+    """SHA-1 (hex) and size of a file, read in blocks that are also handed to `copy`."""
+    digest, n_bytes = hashlib.sha1(usedforsecurity=False), 0
+    with disk_errors(), path.open("rb") as source:
+        while block := source.read(_BLOCK_BYTES):
+            limit.check()
+            digest.update(block)
+            n_bytes += len(block)
+            copy(block)
+    if n_bytes == 0:
+        raise ProcessingError("the output is empty", retryable=False)
+    return digest.hexdigest(), n_bytes
