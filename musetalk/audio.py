@@ -1,6 +1,7 @@
-"""Sound to what the UNet listens to: waveform -> Whisper states -> one window per output frame (spec section 2).
+"""Sound to what the UNet listens to: waveform -> Whisper states -> one window per output frame.
 
-Knows nothing of files but the model's own folder.
+Specified in docs/model.md#audio-features and docs/model.md#audio-windows. Knows nothing of files but the model's own
+folder.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ENCODER_BATCH = 4
 
 
 def n_output_frames(n_samples: int, rate: Fraction) -> int:
-    """Output frames for `n_samples` at 16 kHz: the picture never ends before the sound (spec media.md 3.1).
+    """Output frames for `n_samples` at 16 kHz: the picture never ends before the sound (docs/model.md#audio-windows).
 
     Raises MediaError when there is no sound.
     """
@@ -45,7 +46,7 @@ def n_output_frames(n_samples: int, rate: Fraction) -> int:
 
 
 def n_feature_rows(n_samples: int) -> int:
-    """Whisper states that belong to `n_samples`: one for each whole 20 ms, at least one (spec section 2, step 4).
+    """Whisper states that belong to `n_samples`: one for each whole 20 ms, at least one (docs/model.md#feature-rows).
 
     In upstream's floating-point arithmetic: at some lengths it rounds to one row less, 0.58 s is the first.
     """
@@ -59,9 +60,9 @@ def _upstream_feature_rows(n_samples: int) -> int:
 def window_start(index: int, rate: Fraction) -> int:
     """First feature row of output frame `index` (may be negative): four rows before the frame's own time.
 
-    Exact for any rate, and upstream's at every whole rate from 25 to 49 (spec section 2). Where the time is a whole
-    row, upstream's floating-point product may fall just below it and start one row earlier; that happens at 29 and 31
-    frames a second, first after 5 s.
+    Exact for any rate, and upstream's at every whole rate from 25 to 49 (docs/model.md#windows-of-the-original). Where
+    the time is a whole row, upstream's floating-point product may fall just below it and start one row earlier; that
+    happens at 29 and 31 frames a second, first after 5 s.
     """
     return math.floor(index * FEATURE_RATE / rate) - CONTEXT_LEFT
 
@@ -93,10 +94,10 @@ def gather_windows(features: Tensor, rows: NDArray[np.integer[Any]]) -> Tensor:
 
 
 def upstream_window_rows(n_samples: int, fps: float, pad_left: int = 2, pad_right: int = 2) -> NDArray[np.int64]:
-    """The rows upstream reads for each frame, (T, 2 * (left + right + 1)), -1 for a zero row (spec section 2, step 5).
+    """The rows upstream reads for each frame, (T, 2 * (left + right + 1)), -1 for a zero row.
 
-    For comparison only: it truncates fps, shifts its left context with it and gives out at 50 fps. Raises ValueError
-    where upstream exits or raises.
+    Specified in docs/model.md#windows-of-the-original. For comparison only: it truncates fps, shifts its left context
+    with it and gives out at 50 fps. Raises ValueError where upstream exits or raises.
     """
     whole_fps = int(fps)
     n_features = _upstream_feature_rows(n_samples)

@@ -1,6 +1,6 @@
 """Where the new pixels go: the mask of a face, and pasting a patch under it, in BGR as upstream and in planes, fast.
 
-Masks depend on the source frame alone and are made once for it (spec sections 6 and 7). Knows no networks.
+Masks depend on the source frame alone and are made once for it (docs/model.md#masks). Knows no networks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _UPPER_BOUNDARY = 0.5
 
 @cache
 def _cone_kernel() -> UInt8Array:
-    """33x33: centred runs of width 1, 3, .. 21 in rows 10..20, width 21 in rows 21..32 (section 6, jaw 1)."""
+    """33x33: centred runs of width 1, 3, .. 21 in rows 10..20, width 21 in rows 21..32 (docs/model.md#masks)."""
     kernel = np.zeros((33, 33), np.uint8)
     for row in range(10, 33):
         half = min(row - 10, 10)
@@ -55,7 +55,7 @@ def face_mask(labels: UInt8Array, mode: MaskMode, left_cheek: int = 90, right_ch
     """Which pixels of the parsed square are redrawn: classes (512, 512) -> 0 or 255 (512, 512).
 
     `raw` is skin and mouth, `neck` adds the neck, `jaw` grows the skin downwards and upwards, then draws the cheeks
-    back (spec section 6).
+    back (docs/model.md#masks).
     """
     if mode == "raw":
         return _of_classes(labels, _SKIN, *_MOUTH)
@@ -78,7 +78,7 @@ def _of_classes(labels: UInt8Array, *classes: int) -> UInt8Array:
 
 
 def blend_mask(mask: UInt8Array, box: Box, around: Box, *, blur: float = 0.05) -> UInt8Array:
-    """Weight of the patch in the blend box: mask (512, 512) -> soft mask (side, side) uint8 (section 7, steps 2 to 4).
+    """Weight of the patch in the blend box: mask (512, 512) -> soft mask (side, side) uint8 (docs/model.md#soft-mask).
 
     Only what lies inside the crop box `box` and in the lower half of the blend box `around` is kept, then blurred by a
     Gaussian of `blur` times the side (upstream: 0.05, in real time 0.1). An empty blend box gives an empty mask.
@@ -160,9 +160,10 @@ def mix(new: UInt8Array, old: UInt8Array, weight: UInt8Array) -> UInt8Array:
 
 
 def paste_reference(frame: UInt8Array, patch: UInt8Array, box: Box, mask: UInt8Array, around: Box) -> UInt8Array:
-    """A new BGR frame with `patch` pasted into `box` under `mask`, which lies on the blend box `around` (section 7).
+    """A new BGR frame with `patch` pasted into `box` under `mask`, which lies on the blend box `around`.
 
-    Bit-equal to upstream, which blends the whole square; parts outside the frame are dropped. `frame` is not changed.
+    Specified in docs/model.md#pasting. Bit-equal to upstream, which blends the whole square; parts outside the frame
+    are dropped. `frame` is not changed.
     """
     square = crop_for_parsing(frame, around)
     face = np.asarray(cv2.resize(patch, (box.width, box.height)), np.uint8)

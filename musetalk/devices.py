@@ -77,7 +77,8 @@ def cpu_has_bfloat16(facts: Path = Path("/proc/cpuinfo")) -> bool:
 def configure_threads(wanted: int, device: torch.device) -> int:
     """Set and return the number of CPU threads for tensor work; 0 chooses.
 
-    With a GPU one thread is right: what is left on the CPU is small, and more threads only spin (spec media.md 2.2).
+    With a GPU one thread is right: what is left on the CPU is small, and more threads only spin
+    (docs/model.md#precision-and-batches).
     """
     n_threads = wanted or (1 if device.type == "cuda" else len(os.sched_getaffinity(0)))
     torch.set_num_threads(n_threads)

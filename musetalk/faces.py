@@ -1,8 +1,8 @@
 """Faces in frames: is there one, where are its landmarks, which box is regenerated, what is each pixel of it.
 
-The arithmetic is upstream's (spec sections 5 and 6), batched. Of several faces in a frame the detector's highest score
-counts, and of equal scores the first in the detector's order (finest level first, rows, then columns); the landmarks
-come from the whole frame. Knows nothing of blending.
+The arithmetic is upstream's (docs/model.md#landmarks-rtmpose to docs/model.md#face-parsing-bisenet), batched. Of
+several faces in a frame the detector's highest score counts, and of equal scores the first in the detector's order
+(finest level first, rows, then columns); the landmarks come from the whole frame. Knows nothing of blending.
 """
 
 from __future__ import annotations
@@ -104,7 +104,10 @@ def flip_table() -> NDArray[np.int64]:
 
 
 def pose_scale(width: int, height: int) -> tuple[float, float]:
-    """Width and height in frame px that the pose network's input shows: the frame, padded to its aspect (5.1)."""
+    """Width and height in frame px that the pose network's input shows: the frame, padded to its aspect.
+
+    Specified in docs/model.md#pose-input.
+    """
     scale_w, scale_h = _POSE_PADDING * width, _POSE_PADDING * height
     aspect = INPUT_WIDTH / INPUT_HEIGHT
     if scale_w > aspect * scale_h:
@@ -134,7 +137,8 @@ def pose_input(warped: UInt8Array) -> NDArray[np.float32]:
 def decode_simcc(simcc_x: FloatArray, simcc_y: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Bins (..., k, 576) and (..., k, 768) -> keypoints (..., k, 2) in input px and scores (..., k).
 
-    The score is the smaller of the two maxima; where it is not positive both coordinates are -1 before scaling (5.2).
+    The score is the smaller of the two maxima; where it is not positive both coordinates are -1 before scaling
+    (docs/model.md#pose-decoding).
     """
     scores = np.minimum(simcc_x.max(-1), simcc_y.max(-1))
     keypoints = np.stack([simcc_x.argmax(-1), simcc_y.argmax(-1)], axis=-1).astype(np.float32)
@@ -155,16 +159,19 @@ def keypoints_in_frame(keypoints: FloatArray, width: int, height: int) -> NDArra
 
 
 def detector_input(frames: Tensor) -> Tensor:
-    """BGR frames uint8 (n, H, W, 3) -> RGB minus means, float32 (n, 3, H, W), on the frames' device (5.3)."""
+    """BGR frames uint8 (n, H, W, 3) -> RGB minus means, float32 (n, 3, H, W), on the frames' device.
+
+    Specified in docs/model.md#face-detection-s3fd.
+    """
     rgb = frames.flip(3).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return rgb.sub_(torch.tensor(_DETECTOR_MEAN, device=frames.device)[:, None, None])
 
 
 def decode_detections(heads: Sequence[Tensor]) -> list[NDArray[np.float32]]:
-    """The detector's 12 maps for n frames -> per frame candidates (m, 5): x0, y0, x1, y1, score, score > 0.05 (5.3).
+    """The detector's 12 maps for n frames -> per frame candidates (m, 5): x0, y0, x1, y1, score, score > 0.05.
 
-    In the order of levels, rows and columns. Raises ProcessingError when they are not finite: that is not a
-    frame without a face.
+    Specified in docs/model.md#face-detection-s3fd. In the order of levels, rows and columns. Raises ProcessingError
+    when they are not finite: that is not a frame without a face.
     """
     n_frames = heads[0].shape[0]
     found: list[list[NDArray[np.float32]]] = [[] for _ in range(n_frames)]
@@ -189,7 +196,10 @@ def decode_detections(heads: Sequence[Tensor]) -> list[NDArray[np.float32]]:
 
 
 def overlaps(box: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Intersection over union of one box (>= 4,) with others (m, >= 4); edges count as pixels (+1, section 5.3)."""
+    """Intersection over union of one box (>= 4,) with others (m, >= 4); edges count as pixels (+1).
+
+    Specified in docs/model.md#face-detection-s3fd.
+    """
     # Areas of absurd boxes leave float32; their share is then 0, or no number, which counts as overlapping.
     with np.errstate(over="ignore", invalid="ignore"):
         width = np.minimum(box[2], others[:, 2]) - np.maximum(box[0], others[:, 0]) + 1
@@ -229,9 +239,10 @@ def best_detection(candidates: NDArray[np.float32]) -> tuple[Box, float] | None:
 
 
 def box_from_landmarks(landmarks: NDArray[np.integer[Any]], detected: Box, bbox_shift: int = 0) -> Box:
-    """The box upstream makes of 68 int landmarks (68, 2) and the detector's box; not yet clipped to the frame (5.4).
+    """The box upstream makes of 68 int landmarks (68, 2) and the detector's box; not yet clipped to the frame.
 
-    Symmetric about nose point 29 (moved by `bbox_shift` px) unless cut at 0; the detector's box where that is no box.
+    Specified in docs/model.md#crop-box. Symmetric about nose point 29 (moved by `bbox_shift` px) unless cut at 0; the
+    detector's box where that is no box.
     """
     points = landmarks.copy()
     points[NOSE_MIDDLE, 1] += bbox_shift
@@ -301,7 +312,10 @@ class PoseFaceFinder:
 
     @torch.inference_mode()
     def simcc(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Pose bins of normalised pictures (n, 3, 384, 288), averaged with those of the mirrored pictures (5.2)."""
+        """Pose bins of normalised pictures (n, 3, 384, 288), averaged with those of the mirrored pictures.
+
+        Specified in docs/model.md#pose-decoding.
+        """
         simcc_x, simcc_y = self._pose(torch.cat([batch, batch.flip(3)]))
         n_frames = len(batch)
         mirrored_x = simcc_x[n_frames:, self._flip].flip(2)
@@ -401,7 +415,10 @@ def smooth_boxes(faces: Sequence[Face | None], sigma_frames: float) -> list[Face
 
 
 def parse_input(crop: UInt8Array) -> NDArray[np.float32]:
-    """Square BGR crop -> normalised RGB (3, 512, 512); Pillow's antialiased bilinear resize, as trained (6)."""
+    """Square BGR crop -> normalised RGB (3, 512, 512); Pillow's antialiased bilinear resize, as trained.
+
+    Specified in docs/model.md#face-parsing-bisenet.
+    """
     picture = Image.fromarray(np.ascontiguousarray(crop[..., ::-1])).resize(
         (PARSE_PX, PARSE_PX), Image.Resampling.BILINEAR
     )

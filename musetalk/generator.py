@@ -1,6 +1,7 @@
-"""The UNet between the two halves of the VAE: crops -> latents; latents and audio windows -> patches (spec section 3).
+"""The UNet between the two halves of the VAE: crops -> latents; latents and audio windows -> patches.
 
-All sizes come from the configurations beside the weights. Knows no files of pictures or sound.
+Specified in docs/model.md#generator. All sizes come from the configurations beside the weights. Knows no files of
+pictures or sound.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def crop_patch(frame: UInt8Array, box: Box, size_px: int) -> UInt8Array:
 def positional_encoding(n_tokens: int, d_model: int) -> Tensor:
     """The sine/cosine table that tells audio tokens apart, float32 (n_tokens, d_model); shared, so not to be written.
 
-    sin on even, cos on odd channels, base 10000 (Vaswani et al. 2017, section 3.5; spec section 2, step 6).
+    sin on even, cos on odd channels, base 10000 (docs/model.md#positional-encoding; Vaswani et al. 2017, "Attention
+    Is All You Need", section 3.5).
     """
     position = np.arange(n_tokens, dtype=np.float64)[:, None]
     scale = np.exp(np.arange(0, d_model, 2, dtype=np.float64) * (-math.log(10000.0) / d_model))
@@ -164,8 +166,8 @@ class Generator:
     def encode(self, crops: UInt8Array | Tensor) -> Tensor:
         """BGR crops uint8 (n, 256, 256, 3) -> source latents (n, 8, 32, 32): masked, then reference, scaled.
 
-        The posterior's mode, as in training; sampling would make the mouth flicker (spec section 3). Overflow and
-        errors as in `generate`.
+        The posterior's mode, as in training; sampling would make the mouth flicker (docs/model.md#source-latents).
+        Overflow and errors as in `generate`.
         """
         dtype = self._dtype
 
@@ -395,7 +397,10 @@ _ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn"
 
 
 def modern_vae_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """VAE tensors under today's names; those of a checkpoint of the diffusers 0.4 era are renamed (spec section 1)."""
+    """VAE tensors under today's names; those of a checkpoint of the diffusers 0.4 era are renamed.
+
+    Specified in docs/model.md#vae-key-names.
+    """
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         head, _, last = key.rpartition(".")

@@ -49,21 +49,24 @@ class Box(NamedTuple):
         return Box(self.x0 - self.x0 % 2, self.y0 - self.y0 % 2, self.x1 + self.x1 % 2, self.y1 + self.y1 % 2)
 
     def with_bottom_margin(self, margin_px: int, height: int) -> Box:
-        """The box grown by `margin_px` at the bottom, not beyond a picture `height` px high (spec section 3, v1.5)."""
+        """The box grown by `margin_px` at the bottom, not beyond a picture `height` px high (docs/model.md#margin)."""
         return Box(self.x0, self.y0, self.x1, min(self.y1 + margin_px, height))
 
 
 def blend_box(box: Box, expand: float = 1.5) -> Box:
-    """The square, even-sided box around crop box `box` where the mask lives; may leave the frame (spec section 7)."""
+    """The square, even-sided box around crop box `box` where the mask lives; may leave the frame.
+
+    Specified in docs/model.md#blend-box.
+    """
     centre_x, centre_y = (box.x0 + box.x1) // 2, (box.y0 + box.y1) // 2
     half = int(max(box.width, box.height) // 2 * expand)
     return Box(centre_x - half, centre_y - half, centre_x + half, centre_y + half)
 
 
 def ping_pong_index(index: int, length: int) -> int:
-    """Source index of output frame `index`: forwards, then backwards, both ends shown twice (spec section 8).
+    """Source index of output frame `index`: forwards, then backwards, both ends shown twice.
 
-    Raises ValueError when `length` is not positive or `index` is negative.
+    Specified in docs/model.md#frame-order. Raises ValueError when `length` is not positive or `index` is negative.
     """
     if length <= 0 or index < 0:
         raise ValueError(f"no frame {index} in a cycle of {length}")

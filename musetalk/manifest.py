@@ -1,6 +1,6 @@
 """Which weight files there are, where they come from, what is known of them, and a folder's record of what lies in it.
 
-Layout and figures: spec section 1. Knows no tensors, no network and no address but the one written here.
+Layout and figures: docs/model.md#weight-files. Knows no tensors, no network and no address but the one written here.
 """
 
 from __future__ import annotations

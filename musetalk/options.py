@@ -16,7 +16,7 @@ DEMO_MARGIN_SHARE = 0.107
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """Choices for one video; the defaults are upstream's for v1.5 (spec section 4).
+    """Choices for one video; the defaults are upstream's for v1.5 (docs/model.md#version-defaults).
 
     `max_gap_frames` None means half a second; `box_smoothing` is the sigma of a Gaussian over time in frames, 0 = off;
     `aspect_ratio` and `resolution` None keep the source's. `margin_share` adds that share of the box's height to
@@ -50,7 +50,7 @@ class RenderOptions:
 
 
 def version_defaults(version: str) -> RenderOptions:
-    """The options of a model version: v1.0 has no margin and pastes the raw mask (spec section 4).
+    """The options of a model version: v1.0 has no margin and pastes the raw mask (docs/model.md#version-defaults).
 
     The demo was trained on crops with a margin that grows with the face, and its mask is drawn, not parsed.
     """

@@ -1,7 +1,7 @@
-"""Size and crop of the output from a job's `aspect_ratio` and `resolution`, in whole numbers (spec media.md 3.2).
+"""Size and crop of the output from a job's `aspect_ratio` and `resolution`, in whole numbers.
 
-The crop is fixed for the clip and never cuts the face: where a picture of the wanted shape cannot hold it, black is
-added.
+Specified in docs/media.md#output-size. The crop is fixed for the clip and never cuts the face: where a picture of the
+wanted shape cannot hold it, black is added.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Engine:
         )
 
     def options(self, params: JobParams, aspect_ratio: str | None, resolution: str | None) -> RenderOptions:
-        """A job's wishes on top of the version's defaults (spec section 4)."""
+        """A job's wishes on top of the version's defaults (docs/model.md#version-defaults)."""
         from musetalk.options import RenderOptions, version_defaults
 
         settings = self.settings

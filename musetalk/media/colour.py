@@ -12,7 +12,7 @@ from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour
 
 UNSPECIFIED = 2
 _BT2020, _ICTCP, _IPT = 9, 14, 15
-# Transfer curves of HDR: PQ and HLG. Without a tone curve they come out dull and wrong (spec media.md 3.3).
+# Transfer curves of HDR: PQ and HLG. Without a tone curve they come out dull and wrong (docs/media.md#colour).
 _HDR_TRANSFERS = {16, 18}
 _FULL_RANGE = 2
 

@@ -1,7 +1,7 @@
 """Decoded frames to planes: 8-bit 4:2:0, limited range, square pixels, even sides, upright, in memory of their own.
 
 A frame that is already so passes bit by bit. Everything else goes through FFmpeg's scaler with its accurate flags: its
-defaults darken the picture by 1.6 steps (spec media.md 2.3). Knows no files.
+defaults darken the picture by 1.6 steps (docs/media.md#colour). Knows no files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _COLOURSPACE_INPUTS = {f"yuv{chroma}p{depth}" for chroma in ("420", "422", "444"
 _DEINTERLACED_INPUTS = _COLOURSPACE_INPUTS | {"yuvj420p", "yuvj422p", "yuvj444p", "yuv411p", "yuv410p"}
 _FULL_RANGE = 2
 _FRAME_TIME = Fraction(1, 1000)
-# Pixel aspects this near to 1:1 are leftovers of scaling, further away from it garbage (spec media.md 3.2).
+# Pixel aspects this near to 1:1 are leftovers of scaling, further away from it garbage
+# (docs/media.md#picture-geometry).
 _SQUARE_WITHIN = Fraction(25, 1000)
 _WIDEST_ASPECT = 4
 

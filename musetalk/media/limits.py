@@ -12,7 +12,7 @@ from musetalk.frames import BT709, Colour
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """Bounds on the inputs of one job (spec media.md 3.1, 3.5); everything outside is a MediaError.
+    """Bounds on the inputs of one job (docs/media.md#media-limits); everything outside is a MediaError.
 
     Sides and pixels are checked for the coded and for the displayed picture. Faster sources than `max_rate` are
     resampled to at most `resampled_rate`, slower ones than `min_rate` raised to `raised_rate`, so neither is refused.

@@ -1,4 +1,4 @@
-"""The one way a file of the outside world is opened (spec media.md 3.6).
+"""The one way a file of the outside world is opened (docs/media.md#opening-files).
 
 A local path that the worker chose, a list of containers, a list of protocols, time limits and a pixel limit, always all
 of them: a playlist or script that names other files or hosts is refused before anything in it is followed.

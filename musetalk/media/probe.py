@@ -1,7 +1,7 @@
 """A first look at an input, in a short-lived process of its own with limits on time and memory.
 
 A decoder that crashes, hangs or eats memory over a hostile file takes that process with it, not the one that holds the
-models (spec media.md 3, point 2).
+models (docs/media.md#opening-files).
 """
 
 from __future__ import annotations

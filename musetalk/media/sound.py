@@ -68,10 +68,11 @@ def inspect_audio(path: Path, limits: MediaLimits) -> AudioInfo:
 
 
 def read_waveform(path: Path, info: AudioInfo, limits: MediaLimits) -> Float32Array:  # noqa: ARG001 - see below
-    """The whole track as mono float32 (n,) at 16 kHz, full scale 1; channels count equally (spec musetalk.md 1).
+    """The whole track as mono float32 (n,) at 16 kHz, full scale 1; channels count equally.
 
-    Its length is that of the decoded sound, not the header's (spec media.md 3.1); `info` says that the file was probed.
-    Raises MediaError when it is shorter or longer than allowed, or when too much of it cannot be decoded.
+    Specified in docs/model.md#sound-to-waveform. Its length is that of the decoded sound, not the header's; `info` says
+    that the file was probed. Raises MediaError when it is shorter or longer than allowed, or when too much of it cannot
+    be decoded.
     """
     blocks = [block[0] for block in read_audio_blocks(path, limits, rate=WAVEFORM_RATE, n_channels=1)]
     waveform = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)

@@ -1,6 +1,6 @@
-"""Clock arithmetic of a source: the rate of the output, and the picture each of its ticks shows (spec media.md 3.1).
+"""Clock arithmetic of a source: the rate of the output, and the picture each of its ticks shows.
 
-Exact fractions throughout; knows no files.
+Specified in docs/media.md#video-rate-and-time. Exact fractions throughout; knows no files.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A single picture goes to a PNG or JPEG.
 
-Spec media.md 3, items 7 and 8. Knows no model.
+Specified in docs/media.md#output-file. Knows no model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""BiSeNet for face parsing: 19 classes per pixel (spec section 6). Keys as in `79999_iter.pth`."""
+"""BiSeNet for face parsing: 19 classes per pixel (docs/model.md#face-parsing-bisenet). Keys as in `79999_iter.pth`."""
 
 from __future__ import annotations
 

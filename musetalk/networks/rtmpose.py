@@ -1,4 +1,7 @@
-"""RTMPose-l, whole body: CSPNeXt backbone and a SimCC head (spec section 5.2). Keys as in `dw-ll_ucoco_384.pth`."""
+"""RTMPose-l, whole body: CSPNeXt backbone and a SimCC head. Keys as in `dw-ll_ucoco_384.pth`.
+
+Specified in docs/model.md#pose-network.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""S3FD face detector: six levels of scores and box offsets (spec section 5.3). Keys as in `s3fd-619a316812.pth`."""
+"""S3FD face detector: six levels of scores and box offsets. Keys as in `s3fd-619a316812.pth`.
+
+Specified in docs/model.md#face-detection-s3fd.
+"""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def check_whisper(path: Path) -> None:
 
 
 def is_production_rate(fps: float) -> bool:
-    """Whether upstream's windows are ours at this rate (spec section 2)."""
+    """Whether upstream's windows are ours at this rate (docs/model.md#windows-of-the-original)."""
     return float(fps).is_integer() and 25 <= fps <= 49
 
 

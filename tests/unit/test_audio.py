@@ -160,7 +160,7 @@ def test_windows_are_upstreams_at_every_whole_rate_it_was_made_for(fps: int) -> 
 
 
 def slow_upstream_rows(n_samples: int, fps: float, left: int, right: int) -> list[list[int]]:
-    """Spec section 2, steps 4 and 5, on lists that are really padded and really cut."""
+    """The rule of docs/model.md#windows-of-the-original, on lists that are really padded and really cut."""
     whole = int(fps)
     n_rows, n_frames = math.floor(n_samples / 16_000 * 50), math.floor(n_samples / 16_000 * whole)
     step = math.ceil(50 / whole)
@@ -191,7 +191,7 @@ def test_upstreams_rule_equals_padding_and_cutting(n_samples: int, fps: float, l
 
 
 def slow_log_mel(waveform: NDArray[np.float32], n_samples: int, n_bins: int) -> NDArray[np.float64]:
-    """Spec section 2, step 2, in plain NumPy."""
+    """The spectrogram of docs/model.md#log-mel-spectrogram in plain NumPy."""
     padded = np.zeros(n_samples)
     padded[: len(waveform)] = waveform
     padded = np.pad(padded, 200, mode="reflect")

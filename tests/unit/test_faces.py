@@ -155,7 +155,7 @@ def random_heads(n_frames: int, width: int, height: int, seed: int) -> list[Tens
 
 
 def slow_candidates(heads: Sequence[Tensor], frame: int) -> list[list[float]]:
-    """Candidates cell by cell, as section 5.3 says it."""
+    """Candidates cell by cell, as docs/model.md#face-detection-s3fd says it."""
     found = []
     for level in range(6):
         conf, loc = heads[2 * level][frame].double(), heads[2 * level + 1][frame].double()

@@ -105,7 +105,7 @@ def test_a_box_that_is_empty_or_leaves_the_picture_is_refused(box: Box) -> None:
 
 
 def slow_views(crop: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Spec section 3, one crop: (masked, reference), each (3, h, w)."""
+    """Both views of one crop by docs/model.md#source-latents: (masked, reference), each (3, h, w)."""
     unit = crop[:, :, ::-1].transpose(2, 0, 1) / 255
     masked = unit.copy()
     masked[:, crop.shape[0] // 2 :] *= 0

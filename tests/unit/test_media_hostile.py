@@ -1,4 +1,7 @@
-"""Files made to break, to exhaust or to spy (spec media.md 3.5 and 3.6): a typed error, quickly, and nothing else."""
+"""Files made to break, to exhaust or to spy: a typed error, quickly, and nothing else.
+
+Specified in docs/media.md#media-limits and docs/media.md#opening-files.
+"""
 
 from __future__ import annotations
 
