@@ -1,4 +1,4 @@
-"""The HTTP front door: health, jobs, finished files, metrics, the API's document; who may call; one error handler.
+"""The HTTP front door: health, jobs, finished files, metrics, the API document; access control; one error handler.
 
 Gunicorn calls `create_app()`; `python app.py` runs the same app for a quick local test. Knows no torch, no storage, no
 media.
@@ -19,7 +19,7 @@ from flask import Flask, Response, current_app, jsonify, request, send_from_dire
 from werkzeug.exceptions import Forbidden, HTTPException, NotFound, RequestEntityTooLarge, Unauthorized
 
 from musetalk import __version__
-from musetalk.errors import MuseTalkError, RequestError, UnavailableError
+from musetalk.errors import MuseTalkError, ProcessingError, RequestError, UnavailableError
 from musetalk_core import Core, shared_core
 from worker.config import bind_addresses, load_settings
 from worker.jobs import Job, JobResult, error_body, parse_job, result_body
@@ -29,7 +29,7 @@ from worker.web import openapi, playground
 
 
 def create_app(core: Core | None = None, *, with_playground: bool = False) -> Flask:
-    """The app around `core`; without one, around the process's own, which starts loading its models."""
+    """Build the app around `core`; without one, around the process's own core, which starts loading its models."""
     core = core or shared_core()
     app = Flask("musetalk-worker", static_folder=None)
     app.request_class = playground.UploadRequest
@@ -56,15 +56,15 @@ def _core() -> Core:
     return core
 
 
-# Probes of the platform come from outside and cannot carry a key; the page asks for it and holds nothing itself.
+# The platform's probes come from outside and cannot send a key; the page asks for it and contains nothing secret.
 _OPEN_TO_ALL = {"health", "playground.page", "playground.asset", "playground.demo_file"}
 
 
 def check_caller() -> None:
-    """Callers on this machine pass; others need the key when there is one. Pages of other sites are refused.
+    """Let callers on this machine pass and ask others for the key, if one is set; refuse pages of other sites.
 
-    A request that a proxy on this machine passed on is not from this machine. A browser adds Origin to what a page
-    sends, and a page of any site can send a POST to localhost.
+    A request that a proxy on this machine forwards is not local. A browser adds Origin to the requests of a page, and
+    a page of any site can send a POST to localhost.
     """
     origin = request.headers.get("Origin")
     if origin is not None and urlsplit(origin).netloc != request.host:
@@ -89,7 +89,7 @@ def _is_local() -> bool:
 
 
 def health() -> tuple[Response, int]:
-    """200 while the worker can do its work or is doing it, 503 with the reason otherwise; never waits for a job."""
+    """Answer 200 while the worker is ready or busy, 503 with the reason otherwise; never waits for a job."""
     readiness = _core().readiness
     body: dict[str, Any] = {"status": "ok" if readiness.is_healthy else readiness.state, "model": readiness.model}
     if readiness.is_healthy:
@@ -103,7 +103,7 @@ def generate() -> tuple[Response, int]:
     """Run one job and answer with its result; 422 for bad input, 503 at once when the worker cannot take it."""
     core = _core()
     if playground.is_upload(request):
-        # Said before half a gigabyte has come in.
+        # Refused before half a gigabyte is received.
         core.check_free()
         job = playground.uploaded_job(request)
         request.environ["musetalk.job_id"] = job.job_id
@@ -118,10 +118,10 @@ def generate() -> tuple[Response, int]:
 
 
 def _run_with_progress(core: Core, job: Job) -> JobResult:
-    """Run a job and tell the orchestrator how far it is, and how it ended before our caller hears of it.
+    """Run a job and report its progress to the orchestrator, and its outcome before the caller gets the answer.
 
-    The caller is Salad's binary, which throws the body of a 5xx away: what a failure meant goes out this way too. A
-    refusal because of another job is not this job's end and is not told.
+    The caller is Salad's binary, which discards the body of a 5xx, so the reason of a failure is reported here as well.
+    A refusal because of another job is not this job's outcome and is not reported.
     """
     with closing(Orchestrator(orchestrator_settings(core.settings))) as orchestrator:
         sender = ProgressSender(orchestrator, job.job_id, on_cancel=core.cancel)
@@ -138,9 +138,9 @@ def _run_with_progress(core: Core, job: Job) -> JobResult:
 
 
 def _json_body() -> object:
-    """The body as JSON, whatever the content type says; raises RequestError for anything that is not JSON."""
+    """Read the body as JSON, whatever its content type; raises RequestError for anything that is not JSON."""
     data = request.get_data(cache=False)
-    # A body without a length is cut at the limit without a word.
+    # Werkzeug cuts a body without a length at the limit silently.
     if request.content_length is None and len(data) >= _core().settings.max_body_bytes:
         raise RequestEntityTooLarge
     try:
@@ -161,14 +161,14 @@ def _finite_float(text: str) -> float:
 
 
 def cancel(job_id: str) -> tuple[Response, int]:
-    """Stop the running job that has this id; 202 when it does run here, 404 otherwise."""
+    """Cancel the running job that has this id; 202 when it runs here, 404 otherwise."""
     if not _core().cancel(job_id):
         raise NotFound
     return jsonify({"status": "cancelling", "musetalk_job_id": job_id}), 202
 
 
 def progress(job_id: str) -> Response:
-    """How far the running job is that has this id; 404 when none runs here."""
+    """Answer with the progress of the running job that has this id; 404 when it does not run here."""
     found = _core().progress_of(job_id)
     if found is None:
         raise NotFound
@@ -176,55 +176,48 @@ def progress(job_id: str) -> Response:
 
 
 def metrics() -> Response:
-    """The metrics in Prometheus' text format."""
+    """Answer with the metrics in Prometheus' text format."""
     return Response(_core().metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def openapi_document() -> Response:
-    """What this server speaks."""
+    """Answer with the OpenAPI document of this server."""
     return jsonify(openapi.document(__version__))
 
 
 def output(name: str) -> Response:
-    """A finished file of the local folder."""
+    """Send a finished file of the local folder."""
     return send_from_directory(_core().settings.output_dir, name, max_age=0)
 
 
-def answer_error(error: Exception) -> tuple[Response, int]:
-    """Every error as the JSON body of the protocol; HTTP errors of Flask keep their status."""
+def answer_error(error: Exception) -> tuple[Response, int, dict[str, str]]:
+    """Answer every error with the JSON body of the protocol; HTTP errors of Flask keep their status and `Allow`."""
+    headers: dict[str, str] = {}
+    status = None
     if isinstance(error, HTTPException) and error.code is not None:
-        kind = "media_error" if error.code < 500 else "processing_error"
-        body: dict[str, object] = {
-            "status": "failed",
-            "error_type": kind,
-            "error_message": _words_of(error),
-            "error": error.name,
-            "stage": "validation",
-            "details": {"status_code": error.code},
-            "retryable": False,
-            "stage_times": {},
-        }
-        response = jsonify(body)
-        for header, value in error.get_headers():
-            if header.lower() == "allow":
-                response.headers["Allow"] = value
-        return response, error.code
+        status = error.code
+        headers = {name: value for name, value in error.get_headers() if name.lower() == "allow"}
+        error = _as_our_error(error, status)
     if isinstance(error, RequestError):
         error.stage = error.stage or "validation"
     if not isinstance(error, MuseTalkError):
         logger.error("unexpected error in a request", exc_info=error)
-    status, failed = error_body(error, job_id=request.environ.get("musetalk.job_id"))
-    response = jsonify(failed)
+    own_status, body = error_body(error, job_id=request.environ.get("musetalk.job_id"))
+    status = status or own_status
     if status == 503:
-        response.headers["Retry-After"] = "5"
-    return response, status
+        headers["Retry-After"] = "5"
+    return jsonify(body), status, headers
 
 
-def _words_of(error: HTTPException) -> str:
-    """Our own sentence where we gave one, else the status in words: the library's sentences are for other readers."""
+def _as_our_error(error: HTTPException, status: int) -> MuseTalkError:
+    """An HTTP error of Flask as one of ours, with our own sentence if we gave one, else with the status in words."""
+    text = str(error.name)
     if isinstance(error, RequestEntityTooLarge) and error.description != RequestEntityTooLarge.description:
-        return str(error.description)
-    return str(error.name)
+        text = str(error.description)
+    kind = RequestError if status < 500 else ProcessingError
+    ours = kind(text, retryable=False, status_code=status)
+    ours.stage = "validation"
+    return ours
 
 
 def main() -> int:
@@ -235,10 +228,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if settings.is_buffer_mode:
-        print("buffer mode: this local server claims no job, ./run_worker.sh does", file=sys.stderr)
+        print("buffer mode: python app.py claims no jobs; start ./run_worker.sh for that", file=sys.stderr)
     app = create_app(with_playground=True)
     host = "0.0.0.0" if bind_addresses(settings.host, 0)[0].startswith("0.0.0.0") else settings.host  # noqa: S104
-    print(f"http://localhost:{settings.port}/ is a page to try it on, /hc says when it is ready", file=sys.stderr)
+    print(f"open http://localhost:{settings.port}/ to try it; /hc reports when it is ready", file=sys.stderr)
     app.run(host=host, port=settings.port, threaded=True)
     return 0
 

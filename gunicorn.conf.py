@@ -94,7 +94,7 @@ def post_fork(_server: Any, _worker: Any) -> None:
         if not value
     ]
     if missing:
-        core.refuse(f"buffer mode needs {' and '.join(missing)}")
+        core.status.fail(f"buffer mode needs {' and '.join(missing)}")
         return
     poller.start(core)
 

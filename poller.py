@@ -201,7 +201,7 @@ class Poller:
     def run(self) -> None:
         """Claim and run jobs until told to stop; whatever goes wrong in a round, the loop goes on."""
         # Another worker's running job must not be taken for one that a killed process left.
-        while not self.core.owns_work_dir:
+        while not self.core.work_dir.is_ours:
             if self._stopping.wait(0.2):
                 self.heartbeat.stop()
                 self._orchestrator.close()
@@ -398,12 +398,12 @@ def start(core: Core) -> Poller:
         core, orchestrator_settings(settings), settings.work_dir, poll_interval_s=settings.buffer_poll_interval_s
     )
     poller.start()
-    core.metrics.read(
+    core.metrics.register_gauge(
         "musetalk_heartbeat_age_seconds",
         "Time since the orchestrator last accepted a heartbeat.",
         lambda: poller.heartbeat.age_s,
     )
-    core.watch(lambda: None if poller.is_alive or poller.is_stopping else "the claim loop has died")
+    core.status.add_check(lambda: None if poller.is_alive or poller.is_stopping else "the claim loop has died")
     _running = poller
     return poller
 

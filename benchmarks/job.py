@@ -86,7 +86,7 @@ def start_core(given: argparse.Namespace, folder: Path) -> Core:
     }
     core = Core(load_settings(variables, env_file=None))
     models = build(given.model, device, dtype)
-    core.use(engine_around(core.settings, models, warm_up(models, given.batch, given.acceleration)))
+    core.engine = engine_around(core.settings, models, warm_up(models, given.batch, given.acceleration))
     return core
 
 

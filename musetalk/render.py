@@ -27,7 +27,7 @@ from musetalk.audio import SAMPLE_RATE, audio_windows, hushed, n_output_frames
 from musetalk.avatars import AvatarCache, PreparedFace
 from musetalk.blending import match_colours, paste_planes
 from musetalk.device_pixels import can_paste, paste_regions, write_region
-from musetalk.devices import gpu_errors
+from musetalk.devices import gpu_errors, peak_memory_mib, reset_peak_memory
 from musetalk.errors import CancelledError, MediaError, NoFaceError, RequestError
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Matrix, Planes, UInt8Array
@@ -63,6 +63,9 @@ class RenderSummary:
     generator_s: float
     encoder: str
     warnings: tuple[str, ...]
+    model: str
+    options: RenderOptions
+    peak_gpu_memory_mib: float | None
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,7 @@ class RenderSession:
 
     def probe(self) -> None:
         """Look at both files; raises MediaError for what cannot or may not be rendered."""
+        reset_peak_memory(self.models.device)
         if self.models.version != "v1" and self.options.bbox_shift != 0:
             raise RequestError(
                 "params.bbox_shift has an effect with MuseTalk v1.0 only; leave it out", field="params.bbox_shift"
@@ -427,6 +431,9 @@ class RenderSession:
             generator_s=self.generator_s,
             encoder=info.codec,
             warnings=tuple(self._warnings),
+            model=self.models.version,
+            options=self.options,
+            peak_gpu_memory_mib=peak_memory_mib(self.models.device),
         )
 
 

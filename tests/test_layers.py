@@ -15,8 +15,10 @@ MODEL = {"musetalk"}
 ERRORS = {"musetalk/errors"}
 ALLOWED: dict[str, set[str]] = {
     "worker/config": {*ERRORS},
-    "worker/jobs": {*ERRORS},
-    "worker/job_control": {*ERRORS, "worker/jobs"},
+    "worker/jobs": {*ERRORS, "musetalk/options"},
+    "worker/job_control": {*ERRORS, "worker/config", "worker/jobs", "worker/telemetry"},
+    "worker/readiness": {"worker/telemetry"},
+    "worker/inputs": {*ERRORS, "worker/config", "worker/jobs", "worker/net/downloads"},
     "worker/machine": {*ERRORS},
     "worker/work_dir": set(),
     "worker/telemetry": {*ERRORS, "worker/jobs"},
@@ -24,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "worker/backblaze": {*ERRORS, "worker/stored", "worker/net/connections"},
     "worker/engine": {*MODEL, "worker/config", "worker/jobs", "worker/machine", "worker/telemetry"},
     "worker/orchestrator": {*ERRORS, "worker/config", "worker/jobs", "worker/telemetry", "worker/net/connections"},
-    "worker/lifecycle": {"worker/job_control", "worker/telemetry"},
+    "worker/lifecycle": {"worker/job_control", "worker/readiness", "worker/telemetry"},
     "worker/net/addresses": {*ERRORS},
     "worker/net/connections": {"worker/net/addresses"},
     "worker/net/downloads": {*ERRORS, "worker/net/addresses", "worker/net/connections"},
@@ -37,9 +39,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "storage": {*ERRORS, "worker/config", "worker/stored", "worker/backblaze"},
     "musetalk_core": {
-        *MODEL,
-        *(f"worker/{name}" for name in ("config", "engine", "job_control", "jobs", "machine", "stored")),
-        *("worker/telemetry", "worker/work_dir", "worker/net/downloads", "worker/cli/render", "storage"),
+        *ERRORS,
+        *("musetalk/fetching", "musetalk/render"),
+        *(f"worker/{name}" for name in ("config", "engine", "inputs", "job_control", "jobs", "machine", "stored")),
+        *("worker/readiness", "worker/telemetry", "worker/work_dir", "worker/cli/render", "storage"),
     },
     "poller": {*ERRORS, "worker/jobs", "worker/orchestrator", "worker/telemetry", "musetalk_core"},
     "app": {

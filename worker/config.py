@@ -1,7 +1,7 @@
 """The environment and `.env` as one frozen `Settings`; the only reader of the environment. Knows no Flask, no torch.
 
-Every variable is one line of `VARIABLES`: name, how to read it, default, meaning. The README's table and `.env.example`
-are checked against it. An empty variable counts as unset; all problems are reported at once.
+Each setting is one line of `Settings`: type, variable, parser, meaning, default. `docs/configuration.md` and
+`.env.example` are generated from it. An empty variable counts as unset; all problems are reported at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dotenv import dotenv_values
 
@@ -63,7 +63,10 @@ def _seconds(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def _choice(*allowed: str) -> Callable[[str], str]:
+def _choice(choices: Any) -> Callable[[str], str]:
+    """A parser for the values of a `Literal` type."""
+    allowed = get_args(choices)
+
     def parse(value: str) -> str:
         lowered = value.lower()
         if lowered not in allowed:
@@ -71,6 +74,29 @@ def _choice(*allowed: str) -> Callable[[str], str]:
         return lowered
 
     return parse
+
+
+class _HiddenValueError(ValueError):
+    """A problem with a value that may contain a login or a signature, so it is not repeated in the message."""
+
+
+def _address(*, with_query: bool = False) -> Callable[[str], str]:
+    """A parser for http(s) addresses; those that others are built from must not have a query."""
+    pattern, suffix = (r"https?://[^\s#]+", "") if with_query else (r"https?://[^\s?#]+", " without query")
+
+    def parse(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise _HiddenValueError(f"must be an http or https address{suffix}")
+        return value
+
+    return parse
+
+
+def _key(value: str) -> str:
+    """A secret that travels in an HTTP header."""
+    if not (value.isprintable() and value.isascii()):
+        raise _HiddenValueError("must not contain control characters or characters outside ASCII")
+    return value
 
 
 def _auto_or_flag(value: str) -> str:
@@ -97,10 +123,9 @@ def _names(value: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Variable:
-    """One environment variable: its name, the setting it fills, how it is read, and what it means."""
+    """One environment variable: its name, how it is read, its default and its meaning."""
 
     name: str
-    setting: str
     parse: Callable[[str], Any]
     meaning: str
     default: str = ""
@@ -108,158 +133,119 @@ class Variable:
     secret: bool = False
 
 
+def variable(
+    name: str,
+    parse: Callable[[str], Any],
+    meaning: str,
+    default: str = "",
+    *,
+    aliases: tuple[str, ...] = (),
+    secret: bool = False,
+) -> Any:
+    """A field of `Settings` that is read from the environment variable `name`; secrets stay out of `repr`."""
+    row = Variable(name, parse, meaning, default, aliases, secret)
+    return field(repr=not secret, metadata={"variable": row})
+
+
 ENV_FILE = "MUSETALK_ENV_FILE"
 
-VARIABLES: tuple[Variable, ...] = (
-    # HTTP server
-    Variable("WORKER_HOST", "host", _text, "Address the HTTP server listens on; `::` is every IPv4 and IPv6 address of the machine.", "::"),
-    Variable("WORKER_PORT", "port", _whole(1, 65535), "Port of the HTTP server.", "8000"),
-    Variable("GRACEFUL_TIMEOUT_SEC", "graceful_timeout_s", _seconds(1, 3600), "Time from SIGTERM to the end of the process; ten seconds before it (of less than 20 s, after half) a running job is handed back as retryable.", "120"),
-    Variable("PLAYGROUND", "playground", _flag, "1 serves a page at `/` to try the worker on, and takes uploads; `python app.py` always does.", "0"),
-    Variable("MAX_BODY_BYTES", "max_body_bytes", _whole(1024, 2**30), "Largest body of a request.", "1000000"),
-    # Model
-    Variable("MUSETALK_MODEL", "model", _choice("auto", "v15", "v1", "demo"), "Which weights to run; `auto` takes v1.5, else v1.0, else fetches v1.5 or, when no official file is there, runs the demo model.", "auto"),
-    Variable("MUSETALK_MODELS_DIR", "models_dir", _path, "Folder with the official `models/` layout.", "models"),
-    Variable("MUSETALK_FETCH_WEIGHTS", "fetch_weights", _auto_or_flag, "Whether missing official weights are fetched at start; `auto`: only on a machine with a GPU that is used.", "auto"),
-    Variable("MUSETALK_S3FD_URL", "s3fd_url", _text, "Another address for S3FD's file, which the hub does not hold; unset: its author's site.", ""),
-    Variable("MUSETALK_UNET_MODEL_PATH", "unet_path", _path, "Another UNet weights file than the layout's."),
-    Variable("MUSETALK_UNET_CONFIG", "unet_config_path", _path, "Another UNet configuration file than the layout's."),
-    Variable("MUSETALK_DEVICE", "device", _choice("auto", "cpu", "cuda"), "Where the networks run; `auto` takes the GPU when there is one.", "auto"),
-    Variable("MUSETALK_DTYPE", "dtype", _choice("auto", "float32", "float16", "bfloat16"), "Precision of the networks; `auto` is float16 on a GPU with tensor cores, bfloat16 on a CPU with instructions for it, else float32.", "auto"),
-    Variable("MUSETALK_ACCELERATION", "acceleration", _choice("none", "graphs", "compile"), "On a GPU: `graphs` captures the networks as CUDA graphs, `compile` runs torch's compiler (minutes at start).", "none"),
-    Variable("DEVICE_PIXELS", "device_pixels", _choice("auto", "0", "1"), "1 cuts and pastes faces with tensor operations where the networks run; `auto` does on a GPU.", "auto"),
-    Variable("MUSETALK_CPU_THREADS", "cpu_threads", _whole(0, 256), "Threads of tensor work on the CPU; 0 chooses one on a GPU, all cores without.", "0"),
-    Variable("MIN_GPU_MEMORY_MB", "min_gpu_memory_mb", _whole(0, 10_000_000), "GPU memory that must be free at start; 0 does not check.", "4096"),
-    Variable("BATCH_SIZE", "batch_size", _whole(1, 256), "Output frames computed in one pass of the networks.", "8"),
-    # Media
-    Variable("OUTPUT_GEOMETRY", "output_geometry", _choice("source", "request"), "`source` keeps the source's size; `request` honours a job's aspect_ratio and resolution.", "source"),
-    Variable("VIDEO_ENCODER", "video_encoder", _choice("auto", "libx264", "h264_nvenc"), "H.264 encoder; `auto` tries NVENC with a real test encode on a GPU, else x264.", "auto"),
-    Variable("VIDEO_PRESET", "video_preset", _choice("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"), "x264 preset: speed against size.", "veryfast"),
-    Variable("VIDEO_CRF", "video_crf", _whole(0, 51), "x264 quality: smaller is better and larger files.", "16"),
-    Variable("MAX_VIDEO_BYTES", "max_video_bytes", _whole(1, 2**40), "Largest source file that is fetched.", "524288000"),
-    Variable("MAX_AUDIO_BYTES", "max_audio_bytes", _whole(1, 2**40), "Largest audio file that is fetched.", "104857600"),
-    Variable("MAX_AUDIO_SEC", "max_audio_s", _seconds(1, 86400), "Longest audio that is rendered.", "900"),
-    Variable("MAX_OUTPUT_FRAMES", "max_output_frames", _whole(1, 10_000_000), "Most frames one job may produce.", "27000"),
-    Variable("MAX_SOURCE_SIDE_PX", "max_source_side", _whole(64, 16384), "Longest side of a source picture.", "3840"),
-    Variable("FRAME_MEMORY_MB", "frame_memory_mb", _whole(16, 1_048_576), "Memory for source frames kept for the backwards leg; beyond it they go to a scratch file.", "512"),
-    Variable("SCRATCH_DISK_MB", "scratch_disk_mb", _whole(0, 16_777_216), "Disk for that scratch file.", "16384"),
-    Variable("AVATAR_MEMORY_MB", "avatar_memory_mb", _whole(0, 1_048_576), "Memory for prepared sources (faces, latents, masks) kept for later jobs; 0 keeps none in memory.", "512"),
-    Variable("AVATAR_DISK_MB", "avatar_disk_mb", _whole(0, 16_777_216), "Disk for the same, kept over restarts; 0 keeps none on disk.", "2048"),
-    Variable("AVATAR_DIR", "avatar_dir", _path, "Folder for it; workers of one machine may share it.", "avatars"),
-    # Limits of a job
-    Variable("JOB_TIMEOUT_SEC", "job_timeout_s", _seconds(1, 604_800), "Limit for one whole job; it then fails as retryable.", "3600"),
-    Variable("INFERENCE_TIMEOUT_SEC", "inference_timeout_s", _seconds(1, 604_800), "Limit for each of the stages preprocessing, inference and postprocessing.", "1800"),
-    Variable("MIN_FREE_DISK_MB", "min_free_disk_mb", _whole(0, 2**40), "Disk that must be free in WORK_DIR and OUTPUT_DIR at start, and in WORK_DIR before each job.", "1024"),
-    # Where files come from and go to
-    Variable("ALLOW_FILE_URLS", "allow_file_urls", _flag, "1 lets a job name local files as `file:` addresses (tests, closed machines).", "0"),
-    Variable("FILE_URL_ROOTS", "file_url_roots", _paths, "Folders (separated by `:`) that `file:` addresses may lie in; needed with ALLOW_FILE_URLS.", ""),
-    Variable("ALLOW_PRIVATE_NETWORKS", "allow_private_networks", _flag, "1 lets downloads reach loopback and private addresses (tests, closed networks).", "0"),
-    Variable("DOWNLOAD_ALLOWED_HOSTS", "download_allowed_hosts", _names, "Hosts (comma-separated, `*.suffix` allowed) that downloads may reach; unset: any public host.", ""),
-    Variable("DOWNLOAD_TIMEOUT_SEC", "download_timeout_s", _seconds(1, 86400), "Limit for one whole download, retries included.", "300"),
-    Variable("OUTPUT_DIR", "output_dir", _path, "Folder the finished files go to; the worker serves it at `/outputs/<name>`.", "outputs"),
-    Variable("PUBLIC_BASE_URL", "public_base_url", _text, "What callers reach this server by; unset: `http://localhost:<port>`.", ""),
-    Variable("WORK_DIR", "work_dir", _path, "Folder for the files of running jobs, one worker's alone; emptied of old jobs at start.", "work"),
-    Variable("B2_KEY_ID", "b2_key_id", _text, "Backblaze B2 key id; with the two below, finished files go to the bucket.", "", secret=True),
-    Variable("B2_APP_KEY", "b2_app_key", _text, "Backblaze B2 application key.", "", secret=True),
-    Variable("B2_BUCKET_NAME", "b2_bucket", _text, "Backblaze B2 bucket.", ""),
-    Variable("B2_PREFIX", "b2_prefix", _text, "Folder in the bucket.", "avatar/outputs"),
-    Variable("B2_REALM", "b2_realm", _text, "B2 realm, or the address of a B2-compatible service.", "production"),
-    Variable("B2_LINK_LIFETIME_SEC", "b2_link_lifetime_s", _whole(1, 604_800), "How long the link to a file in a private bucket is valid.", "604800"),
-    Variable("UPLOAD_TIMEOUT_SEC", "upload_timeout_s", _seconds(1, 86400), "Limit for one whole upload, retries included.", "300"),
-    # How jobs arrive
-    Variable("WORKER_MODE", "worker_mode", _text, "`queue`: jobs are posted to `/generate`; `buffer`: the worker claims them from the orchestrator.", "queue"),
-    Variable("BUFFER_WORKER_ID", "buffer_worker_id", _text, "Name of this worker; being set selects buffer mode.", ""),
-    Variable("ORCHESTRATOR_BASE_URL", "orchestrator_url", _text, "Address of the orchestrator, for progress and (buffer mode) for jobs.", ""),
-    Variable("BUFFER_ORCHESTRATOR_BASE_URL", "buffer_orchestrator_url", _text, "Another address for the calls of buffer mode alone.", ""),
-    Variable("INTERNAL_API_KEY", "internal_api_key", _text, "Sent to the orchestrator as `X-Internal-API-Key`, and wanted as such from callers on other machines.", "", secret=True),
-    Variable("BUFFER_POLL_INTERVAL_SEC", "buffer_poll_interval_s", _seconds(0.05, 3600), "Pause between two claims when there is no job.", "10", aliases=("POLL_INTERVAL_SEC",)),
-    Variable("BUFFER_CAPACITY", "buffer_capacity", _whole(1, 1000), "Number sent in the heartbeat; one job is run at a time whatever it says.", "1"),
-    Variable("SALAD_QUEUE_WORKER", "salad_queue_worker", _text, "Salad's queue binary, started by `run_worker.sh` in queue mode where it is found.", "salad-http-job-queue-worker"),
-    Variable("CONFIG_LABEL", "config_label", _text, "Free text, sent with every progress report.", "default"),
-    # Who this worker is
-    Variable("WORKER_ID", "worker_id", _text, "Name of this worker in logs and reports; unset: the host's name.", "", aliases=("SALAD_MACHINE_ID", "VAST_CONTAINERLABEL")),
-    Variable("GPU_CLASS", "gpu_class", _text, "GPU class echoed in metrics; unset: `unknown`.", "", aliases=("GPU_CLASS_NAME",)),
-    Variable("LOG_LEVEL", "log_level", _choice("debug", "info", "warning", "error"), "Least severity that is logged.", "info"),
-    Variable(ENV_FILE, "env_file", _text, "In the environment only: the file read instead of `.env`, so that several workers share one checkout; `none`: no file.", ".env"),
-)  # fmt: skip
+ModelChoice = Literal["auto", "v15", "v1", "demo"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+DtypeChoice = Literal["auto", "float32", "float16", "bfloat16"]
+AccelerationChoice = Literal["none", "graphs", "compile"]
+GeometryChoice = Literal["source", "request"]
+EncoderChoice = Literal["auto", "libx264", "h264_nvenc"]
+AutoOrFlag = Literal["auto", "1", "0"]
+PresetChoice = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
-
-# Variables of the worker before this one: deployments still set them, and nothing is left for them to say.
+# Variables of the previous worker: deployments still set them, and nothing depends on them any more.
 LEGACY = ("USE_OPTIMIZED_INFERENCE", "MUSETALK_WORKDIR", "MUSETALK_RESULT_DIR", "WORKER_TYPE", "PROVIDER")
 
 
+# fmt: off
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything the process was told, checked; one field per line of `VARIABLES`."""
+    """The settings of the process, checked. A new setting is one line here; documents and `.env.example` follow from it."""
 
-    host: str
-    port: int
-    graceful_timeout_s: float
-    playground: bool
-    max_body_bytes: int
-    model: str
-    models_dir: Path
-    fetch_weights: str
-    s3fd_url: str
-    unet_path: Path | None
-    unet_config_path: Path | None
-    device: str
-    dtype: str
-    acceleration: Any
-    device_pixels: str
-    cpu_threads: int
-    min_gpu_memory_mb: int
-    batch_size: int
-    output_geometry: str
-    video_encoder: str
-    video_preset: str
-    video_crf: int
-    max_video_bytes: int
-    max_audio_bytes: int
-    max_audio_s: float
-    max_output_frames: int
-    max_source_side: int
-    frame_memory_mb: int
-    scratch_disk_mb: int
-    avatar_memory_mb: int
-    avatar_disk_mb: int
-    avatar_dir: Path
-    job_timeout_s: float
-    inference_timeout_s: float
-    min_free_disk_mb: int
-    allow_file_urls: bool
-    file_url_roots: tuple[Path, ...]
-    allow_private_networks: bool
-    download_allowed_hosts: tuple[str, ...]
-    download_timeout_s: float
-    output_dir: Path
-    public_base_url: str
-    work_dir: Path
-    b2_key_id: str = field(repr=False)
-    b2_app_key: str = field(repr=False)
-    b2_bucket: str
-    b2_prefix: str
-    b2_realm: str
-    b2_link_lifetime_s: int
-    upload_timeout_s: float
-    worker_mode: str
-    buffer_worker_id: str
-    orchestrator_url: str
-    buffer_orchestrator_url: str
-    internal_api_key: str = field(repr=False)
-    buffer_poll_interval_s: float
-    buffer_capacity: int
-    salad_queue_worker: str
-    config_label: str
-    worker_id: str
-    gpu_class: str | None
-    log_level: str
-    env_file: str
+    # HTTP server
+    host: str = variable("WORKER_HOST", _text, "Address the HTTP server listens on; `::` is every IPv4 and IPv6 address of the machine.", "::")
+    port: int = variable("WORKER_PORT", _whole(1, 65535), "Port of the HTTP server.", "8000")
+    graceful_timeout_s: float = variable("GRACEFUL_TIMEOUT_SEC", _seconds(1, 3600), "Time from SIGTERM to the end of the process; ten seconds before it a running job is stopped and returned as retryable (under 20 s: after half of it).", "120")
+    playground: bool = variable("PLAYGROUND", _flag, "1 serves a page at `/` to try the worker on, and takes uploads; `python app.py` always does.", "0")
+    max_body_bytes: int = variable("MAX_BODY_BYTES", _whole(1024, 2**30), "Largest request body.", "1000000")
+    # Model
+    model: ModelChoice = variable("MUSETALK_MODEL", _choice(ModelChoice), "Which weights to run; `auto` takes v1.5, else v1.0, else fetches v1.5 or, without any official file, runs the demo model.", "auto")
+    models_dir: Path = variable("MUSETALK_MODELS_DIR", _path, "Folder with the official `models/` layout.", "models")
+    fetch_weights: AutoOrFlag = variable("MUSETALK_FETCH_WEIGHTS", _auto_or_flag, "Whether missing official weights are fetched at start; `auto`: only when the worker runs on a GPU.", "auto")
+    s3fd_url: str = variable("MUSETALK_S3FD_URL", _address(with_query=True), "Another address for the S3FD file, which is not on the hub; unset: its author's site.", "")
+    unet_path: Path | None = variable("MUSETALK_UNET_MODEL_PATH", _path, "Another UNet weights file than the layout's.")
+    unet_config_path: Path | None = variable("MUSETALK_UNET_CONFIG", _path, "Another UNet configuration file than the layout's.")
+    device: DeviceChoice = variable("MUSETALK_DEVICE", _choice(DeviceChoice), "Where the networks run; `auto` uses the GPU when there is one.", "auto")
+    dtype: DtypeChoice = variable("MUSETALK_DTYPE", _choice(DtypeChoice), "Precision of the networks; `auto` is float16 on a GPU with tensor cores, bfloat16 on a CPU with instructions for it, else float32.", "auto")
+    acceleration: AccelerationChoice = variable("MUSETALK_ACCELERATION", _choice(AccelerationChoice), "On a GPU: `graphs` captures the networks as CUDA graphs, `compile` runs torch's compiler (minutes at start).", "none")
+    device_pixels: AutoOrFlag = variable("DEVICE_PIXELS", _auto_or_flag, "1 cuts and pastes faces with tensor operations on the device of the networks; `auto` does so on a GPU.", "auto")
+    cpu_threads: int = variable("MUSETALK_CPU_THREADS", _whole(0, 256), "Threads of tensor work on the CPU; 0 chooses one on a GPU, all cores without.", "0")
+    min_gpu_memory_mb: int = variable("MIN_GPU_MEMORY_MB", _whole(0, 10_000_000), "GPU memory that must be free at start; 0 does not check.", "4096")
+    batch_size: int = variable("BATCH_SIZE", _whole(1, 256), "Output frames computed in one pass of the networks.", "8")
+    # Media
+    output_geometry: GeometryChoice = variable("OUTPUT_GEOMETRY", _choice(GeometryChoice), "`source` keeps the source's size; `request` honours a job's aspect_ratio and resolution.", "source")
+    video_encoder: EncoderChoice = variable("VIDEO_ENCODER", _choice(EncoderChoice), "H.264 encoder; `auto` tries NVENC with a real test encode on a GPU, else x264.", "auto")
+    video_preset: PresetChoice = variable("VIDEO_PRESET", _choice(PresetChoice), "x264 preset: speed against size.", "veryfast")
+    video_crf: int = variable("VIDEO_CRF", _whole(0, 51), "x264 quality: smaller is better and larger files.", "16")
+    max_video_bytes: int = variable("MAX_VIDEO_BYTES", _whole(1, 2**40), "Largest source file that is downloaded.", "524288000")
+    max_audio_bytes: int = variable("MAX_AUDIO_BYTES", _whole(1, 2**40), "Largest audio file that is downloaded.", "104857600")
+    max_audio_s: float = variable("MAX_AUDIO_SEC", _seconds(1, 86400), "Longest audio that is rendered.", "900")
+    max_output_frames: int = variable("MAX_OUTPUT_FRAMES", _whole(1, 10_000_000), "Most frames one job may produce.", "27000")
+    max_source_side: int = variable("MAX_SOURCE_SIDE_PX", _whole(64, 16384), "Longest side of a source picture.", "3840")
+    frame_memory_mb: int = variable("FRAME_MEMORY_MB", _whole(16, 1_048_576), "Memory for source frames kept for the way back (ping-pong); beyond it they go to a scratch file.", "512")
+    scratch_disk_mb: int = variable("SCRATCH_DISK_MB", _whole(0, 16_777_216), "Disk for that scratch file.", "16384")
+    avatar_memory_mb: int = variable("AVATAR_MEMORY_MB", _whole(0, 1_048_576), "Memory for prepared sources (faces, latents, masks) kept for later jobs; 0 keeps none in memory.", "512")
+    avatar_disk_mb: int = variable("AVATAR_DISK_MB", _whole(0, 16_777_216), "Disk for prepared sources, kept over restarts; 0 keeps none on disk.", "2048")
+    avatar_dir: Path = variable("AVATAR_DIR", _path, "Folder for prepared sources; workers of one machine may share it.", "avatars")
+    # Limits of a job
+    job_timeout_s: float = variable("JOB_TIMEOUT_SEC", _seconds(1, 604_800), "Limit for one whole job; it then fails as retryable.", "3600")
+    inference_timeout_s: float = variable("INFERENCE_TIMEOUT_SEC", _seconds(1, 604_800), "Limit for each of the stages preprocessing, inference and postprocessing.", "1800")
+    min_free_disk_mb: int = variable("MIN_FREE_DISK_MB", _whole(0, 2**40), "Disk that must be free in WORK_DIR and OUTPUT_DIR at start, and in WORK_DIR before each job.", "1024")
+    # Where files come from and go to
+    allow_file_urls: bool = variable("ALLOW_FILE_URLS", _flag, "1 lets a job name local files as `file:` addresses (tests, closed machines).", "0")
+    file_url_roots: tuple[Path, ...] = variable("FILE_URL_ROOTS", _paths, "Folders (separated by `:`) that `file:` addresses may point into; required with ALLOW_FILE_URLS.", "")
+    allow_private_networks: bool = variable("ALLOW_PRIVATE_NETWORKS", _flag, "1 lets downloads reach loopback and private addresses (tests, closed networks).", "0")
+    download_allowed_hosts: tuple[str, ...] = variable("DOWNLOAD_ALLOWED_HOSTS", _names, "Hosts (comma-separated, `*.suffix` allowed) that downloads may reach; unset: any public host.", "")
+    download_timeout_s: float = variable("DOWNLOAD_TIMEOUT_SEC", _seconds(1, 86400), "Limit for one whole download, retries included.", "300")
+    output_dir: Path = variable("OUTPUT_DIR", _path, "Folder for finished files without a bucket; the worker serves it at `/outputs/<name>`.", "outputs")
+    public_base_url: str = variable("PUBLIC_BASE_URL", _address(), "Address by which callers reach this server; unset: `http://localhost:<port>`.", "")
+    work_dir: Path = variable("WORK_DIR", _path, "Folder for the files of running jobs; one worker per folder. Old jobs are removed at start.", "work")
+    b2_key_id: str = variable("B2_KEY_ID", _text, "Backblaze B2 key id; with the two below, finished files go to the bucket.", "", secret=True)
+    b2_app_key: str = variable("B2_APP_KEY", _text, "Backblaze B2 application key.", "", secret=True)
+    b2_bucket: str = variable("B2_BUCKET_NAME", _text, "Backblaze B2 bucket.", "")
+    b2_prefix: str = variable("B2_PREFIX", _text, "Folder in the bucket.", "avatar/outputs")
+    b2_realm: str = variable("B2_REALM", _text, "B2 realm, or the address of a B2-compatible service.", "production")
+    b2_link_lifetime_s: int = variable("B2_LINK_LIFETIME_SEC", _whole(1, 604_800), "How long the link to a file in a private bucket is valid.", "604800")
+    upload_timeout_s: float = variable("UPLOAD_TIMEOUT_SEC", _seconds(1, 86400), "Limit for one whole upload, retries included.", "300")
+    # How jobs arrive
+    worker_mode: str = variable("WORKER_MODE", _text, "`queue`: jobs are posted to `/generate`; `buffer`: the worker claims them from the orchestrator.", "queue")
+    buffer_worker_id: str = variable("BUFFER_WORKER_ID", _text, "Name of this worker; setting it selects buffer mode.", "")
+    orchestrator_url: str = variable("ORCHESTRATOR_BASE_URL", _address(), "Address of the orchestrator, for progress and (buffer mode) for jobs.", "")
+    buffer_orchestrator_url: str = variable("BUFFER_ORCHESTRATOR_BASE_URL", _address(), "Another orchestrator address for the calls of buffer mode.", "")
+    internal_api_key: str = variable("INTERNAL_API_KEY", _key, "Sent to the orchestrator as `X-Internal-API-Key`, and required in the same header from callers on other machines.", "", secret=True)
+    buffer_poll_interval_s: float = variable("BUFFER_POLL_INTERVAL_SEC", _seconds(0.05, 3600), "Pause between two claims when there is no job.", "10", aliases=("POLL_INTERVAL_SEC",))
+    buffer_capacity: int = variable("BUFFER_CAPACITY", _whole(1, 1000), "Capacity sent in the heartbeat; the worker always runs one job at a time.", "1")
+    salad_queue_worker: str = variable("SALAD_QUEUE_WORKER", _text, "Salad's queue binary; `run_worker.sh` starts it in queue mode when it is installed.", "salad-http-job-queue-worker")
+    config_label: str = variable("CONFIG_LABEL", _text, "Free text, sent with every progress report.", "default")
+    # Who this worker is
+    worker_id: str = variable("WORKER_ID", _text, "Name of this worker in logs and reports; unset: the host's name.", "", aliases=("SALAD_MACHINE_ID", "VAST_CONTAINERLABEL"))
+    gpu_class: str | None = variable("GPU_CLASS", _text, "GPU class echoed in metrics; unset: `unknown`.", "", aliases=("GPU_CLASS_NAME",))
+    log_level: LogLevel = variable("LOG_LEVEL", _choice(LogLevel), "Lowest severity that is logged.", "info")
+    env_file: str = variable(ENV_FILE, _text, "In the environment only: the file read instead of `.env`, so that several workers share one checkout; `none`: no file.", ".env")
+
+    # Set, but without effect or not understood; logged at start.
     warnings: tuple[str, ...] = field(default=())
+    # fmt: on
 
     @property
     def is_buffer_mode(self) -> bool:
-        """Whether jobs are claimed from the orchestrator instead of posted to us."""
+        """Whether jobs are claimed from the orchestrator instead of posted to `/generate`."""
         return self.worker_mode == "buffer" or bool(self.buffer_worker_id)
 
     @property
@@ -268,12 +254,12 @@ class Settings:
         return bool(self.b2_bucket)
 
     def describe(self) -> dict[str, object]:
-        """The settings as JSON values for the log at start; secrets show only whether they are set."""
-        secret = {variable.setting for variable in VARIABLES if variable.secret}
+        """The settings as JSON values for the log at start; a secret shows only whether it is set."""
         shown: dict[str, object] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name in secret:
+            row = item.metadata.get("variable")
+            if row is not None and row.secret:
                 value = "set" if value else "unset"
             elif isinstance(value, Path):
                 value = str(value)
@@ -283,34 +269,35 @@ class Settings:
         return shown
 
 
-def load_settings(environment: Mapping[str, str] | None = None, env_file: Path | None = ROOT / ".env") -> Settings:
-    """Settings from the environment, then from `env_file` for what the environment leaves unset, then defaults.
+# Name of the setting -> its variable, in the order of the documents.
+_ROWS: dict[str, Variable] = {item.name: item.metadata["variable"] for item in fields(Settings) if item.metadata}
+VARIABLES: tuple[Variable, ...] = tuple(_ROWS.values())
+# Unset settings of these types are empty, those of all other types None.
+_UNSET: dict[str, Any] = {"str": "", "tuple[Path, ...]": (), "tuple[str, ...]": ()}
 
-    MUSETALK_ENV_FILE names another file, or none. Raises SettingsError that lists every variable at fault, with its value
-    unless it is a secret.
+
+def load_settings(environment: Mapping[str, str] | None = None, env_file: Path | None = ROOT / ".env") -> Settings:
+    """Read the settings from the environment, then from `env_file`, then from the defaults.
+
+    MUSETALK_ENV_FILE names another file, or `none`. Raises SettingsError that lists every wrong variable, with its
+    value unless that may contain a credential.
     """
     environment = os.environ if environment is None else environment
-    if env_file is not None and (named := environment.get(ENV_FILE, "").strip()):
-        env_file = None if named == "none" else ROOT / named
-        if env_file is not None and not env_file.is_file():
-            raise SettingsError(f"{ENV_FILE} names a file that is not there")
-    from_file = dotenv_values(env_file) if env_file is not None and env_file.is_file() else {}
-    given = {name: value.strip() for name, value in from_file.items() if value and value.strip()}
+    given = {name: value.strip() for name, value in _read_env_file(environment, env_file).items()}
     given.update({name: value.strip() for name, value in environment.items() if value.strip()})
-
     values: dict[str, Any] = {}
     problems: list[str] = []
-    for variable in VARIABLES:
-        name = next((n for n in (variable.name, *variable.aliases) if n in given), variable.name)
-        text = given.get(name, variable.default)
+    for setting, row in _ROWS.items():
+        name = next((n for n in (row.name, *row.aliases) if n in given), row.name)
+        text = given.get(name, row.default)
         if not text:
-            values[variable.setting] = variable.parse("") if variable.parse in (_paths, _names, _text) else None
+            values[setting] = _UNSET.get(Settings.__annotations__[setting])
             continue
         try:
-            values[variable.setting] = variable.parse(text)
+            values[setting] = row.parse(text)
         except ValueError as problem:
-            shown = "" if variable.secret else f" (it is {text!r})"
-            problems.append(f"{name} {problem}{shown}")
+            is_hidden = row.secret or isinstance(problem, _HiddenValueError)
+            problems.append(f"{name} {problem}" + ("" if is_hidden else f" (it is {text!r})"))
     problems += _joint_problems(values)
     if problems:
         raise SettingsError("; ".join(problems))
@@ -318,40 +305,39 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
     return Settings(**values)
 
 
+def _read_env_file(environment: Mapping[str, str], env_file: Path | None) -> dict[str, str]:
+    """The non-empty lines of the file in use; raises SettingsError when the environment names one that is missing."""
+    if env_file is not None and (named := environment.get(ENV_FILE, "").strip()):
+        env_file = None if named == "none" else ROOT / named
+        if env_file is not None and not env_file.is_file():
+            raise SettingsError(f"{ENV_FILE} names a file that does not exist")
+    if env_file is None or not env_file.is_file():
+        return {}
+    return {name: value for name, value in dotenv_values(env_file).items() if value and value.strip()}
+
+
 def _joint_problems(values: Mapping[str, Any]) -> Iterable[str]:
-    """What is wrong between variables that are each fine."""
+    """Problems between variables that are each valid."""
     if values.get("allow_file_urls") and not values.get("file_url_roots"):
         yield "FILE_URL_ROOTS must name the allowed folders when ALLOW_FILE_URLS is 1"
-    b2 = {"B2_KEY_ID": "b2_key_id", "B2_APP_KEY": "b2_app_key", "B2_BUCKET_NAME": "b2_bucket"}
-    unset = [name for name, setting in b2.items() if not values.get(setting)]
+    b2 = {_ROWS[setting].name: values.get(setting) for setting in ("b2_key_id", "b2_app_key", "b2_bucket")}
+    unset = [name for name, value in b2.items() if not value]
     if 0 < len(unset) < len(b2):
         yield f"{' and '.join(unset)} must be set as well, or none of {', '.join(b2)}"
-    for name in ("ORCHESTRATOR_BASE_URL", "BUFFER_ORCHESTRATOR_BASE_URL"):
-        address = values.get("orchestrator_url" if name[0] == "O" else "buffer_orchestrator_url")
-        if address and not re.fullmatch(r"https?://[^\s?#]+", address):
-            yield f"{name} must be an http or https address without query"
-    # It may be signed, so a query is fine here.
-    if values.get("s3fd_url") and not re.fullmatch(r"https?://[^\s#]+", values["s3fd_url"]):
-        yield "MUSETALK_S3FD_URL must be an http or https address"
-    if not all(character.isprintable() and character.isascii() for character in values.get("internal_api_key") or ""):
-        yield "INTERNAL_API_KEY must not hold control characters"
-    base = values.get("public_base_url")
-    if base and not re.fullmatch(r"https?://[^\s?#]+", base):
-        yield "PUBLIC_BASE_URL must be an http or https address without query"
 
 
 def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> None:
-    """Fill in what depends on the machine: folders are taken from the project's root, names from the host."""
+    """Complete values that depend on the machine: folders are relative to the project's root, names come from the host."""
     for name in ("models_dir", "output_dir", "work_dir", "avatar_dir", "unet_path", "unet_config_path"):
         if values[name] is not None:
             values[name] = (ROOT / values[name]).resolve()
     warnings: list[str] = []
     mode = values["worker_mode"].lower()
     if mode not in ("queue", "buffer"):
-        warnings.append(f"WORKER_MODE is {mode!r}, which is no mode of this worker: queue mode is used")
+        warnings.append(f"WORKER_MODE is {mode!r}; it must be queue or buffer; queue mode is used")
         mode = "queue"
     if ignored := [name for name in LEGACY if name in given]:
-        warnings.append(f"{', '.join(ignored)}: set, but of no use to this worker")
+        warnings.append(f"{', '.join(ignored)}: set, but this worker does not use it")
     values["warnings"] = tuple(warnings)
     values["worker_mode"] = "buffer" if values["buffer_worker_id"] else mode
     values["worker_id"] = values["buffer_worker_id"] or _worker_id(values["worker_mode"], given)
@@ -362,17 +348,17 @@ def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> None:
 
 
 def _worker_id(mode: str, given: Mapping[str, str]) -> str:
-    """The worker's one name: set by a person, else by the platform, else the host's (protocol section 2)."""
+    """The worker's one name: set by a person, else by the platform, else the host's."""
     order = ["WORKER_ID", "SALAD_MACHINE_ID", "VAST_CONTAINERLABEL"]
     if mode == "queue":
-        # Salad's name came first there, and its peers know the worker by it.
+        # In queue mode the orchestrator knows the worker by Salad's name, so that one counts first.
         order = ["SALAD_MACHINE_ID", "WORKER_ID", "VAST_CONTAINERLABEL"]
     host = socket.gethostname()
     return next((given[name] for name in order if name in given), f"buffer-{host}" if mode == "buffer" else host)
 
 
 def bind_addresses(host: str, port: int, *, ipv6_only_file: Path = Path("/proc/sys/net/ipv6/bindv6only")) -> list[str]:
-    """What Gunicorn should bind: `::` means IPv4 and IPv6, on machines without IPv6 too."""
+    """Addresses for Gunicorn to bind: `::` means IPv4 and IPv6, also on machines without IPv6."""
     if host != "::":
         return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"]
     every_ipv4 = f"0.0.0.0:{port}"
@@ -389,7 +375,7 @@ def bind_addresses(host: str, port: int, *, ipv6_only_file: Path = Path("/proc/s
 
 
 def main() -> int:
-    """For run_worker.sh: what it must know, as lines `name=value`; returns the exit status (2: settings are wrong)."""
+    """Print the settings that run_worker.sh needs as lines `name=value`; return the exit status (2: wrong settings)."""
     try:
         settings = load_settings()
     except SettingsError as error:

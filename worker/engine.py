@@ -1,6 +1,6 @@
-"""Everything that jobs share once it is loaded, and how it comes to be loaded: machine, weights, networks, encoder.
+"""The engine: networks, encoder and avatars that all jobs share, and the loading of them on a checked machine.
 
-Translates settings into what the model, the media and the avatars take. Knows no job, no slot, no stages.
+Translates settings into the options of the model, the media and the avatars. Knows no job, no slot, no stages.
 """
 
 from __future__ import annotations
@@ -26,25 +26,24 @@ if TYPE_CHECKING:
     from musetalk.weights import ModelVersion
 
 _MIB = 2**20
-# The small model that comes with the project.
+# The small model that ships with the project.
 DEMO_MODELS = ROOT / "demo/models"
-# A line in the log every so many percent of fetched weights.
+# Percent of the weights between two log lines.
 _LOG_PERCENT = 5
 LOADING = "the models are loading"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A finished local file and how it was made."""
+    """A finished local file: its summary and the clock of its stages."""
 
     summary: RenderSummary
     clock: StageClock
-    model: str
 
 
 @dataclass(frozen=True)
 class Engine:
-    """The networks on their device, the encoder, the avatars (None: nothing is kept), and frames a batch that fit."""
+    """The networks on their device, the encoder, the avatars (None: nothing is kept), and the batch that fits."""
 
     settings: Settings
     models: Models
@@ -52,8 +51,17 @@ class Engine:
     avatars: AvatarCache | None
     batch_size: int
 
-    def session(self, source: Path, audio: Path, output: Path | None, options: RenderOptions) -> RenderSession:
-        """One job's work on local files, within this worker's limits."""
+    def session(
+        self,
+        source: Path,
+        audio: Path,
+        output: Path | None,
+        params: JobParams,
+        *,
+        aspect_ratio: str | None = None,
+        resolution: str | None = None,
+    ) -> RenderSession:
+        """Open one video on local files, with a job's parameters and within this worker's limits."""
         from musetalk.render import RenderSession
 
         return RenderSession(
@@ -61,44 +69,36 @@ class Engine:
             source,
             audio,
             output,
-            options,
+            self.options(params, aspect_ratio, resolution),
             limits=_media_limits(self.settings),
             encoder=self.encoder,
             avatars=self.avatars,
         )
 
     def options(self, params: JobParams, aspect_ratio: str | None, resolution: str | None) -> RenderOptions:
-        """A job's wishes on top of the version's defaults (docs/model.md#version-defaults)."""
-        from musetalk.options import RenderOptions, version_defaults
+        """The options of a video: version defaults (docs/model.md#version-defaults), settings, the job's parameters."""
+        from musetalk.options import version_defaults
 
         settings = self.settings
-        defaults = version_defaults(self.models.version)
         on_gpu = self.models.device.type == "cuda"
-        return RenderOptions(
-            face_box=params.face_box,
-            bbox_shift=params.bbox_shift,
-            left_cheek_width=params.left_cheek_width,
-            right_cheek_width=params.right_cheek_width,
-            box_smoothing=params.box_smoothing,
-            max_gap_frames=params.max_gap_frames,
-            loop_mode=params.loop_mode,
-            silence=params.silence,
-            batch_size=params.batch_size or self.batch_size,
-            aspect_ratio=aspect_ratio,
-            resolution=resolution,
-            frame_memory_bytes=settings.frame_memory_mb * _MIB,
-            scratch_disk_bytes=settings.scratch_disk_mb * _MIB,
-            device_pixels=on_gpu if settings.device_pixels == "auto" else settings.device_pixels == "1",
-            overlap=on_gpu,
-            extra_margin=defaults.extra_margin if params.extra_margin is None else params.extra_margin,
-            match_colours=defaults.match_colours,
-            margin_share=defaults.margin_share if params.extra_margin is None else 0.0,
-            mask_mode=defaults.mask_mode if params.parsing_mode is None else params.parsing_mode,
-        )
+        chosen: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "aspect_ratio": aspect_ratio,
+            "resolution": resolution,
+            "frame_memory_bytes": settings.frame_memory_mb * _MIB,
+            "scratch_disk_bytes": settings.scratch_disk_mb * _MIB,
+            "device_pixels": on_gpu if settings.device_pixels == "auto" else settings.device_pixels == "1",
+            "overlap": on_gpu,
+            **params.chosen(),
+        }
+        if params.extra_margin is not None:
+            # A margin in pixels replaces the demo's margin, which is a share of the face.
+            chosen["margin_share"] = 0.0
+        return replace(version_defaults(self.models.version), **chosen)
 
 
 def check_inputs(settings: Settings, source: Path, audio: Path) -> None:
-    """Raises MediaError for files that no job would take; needs nothing that is loaded."""
+    """Raise MediaError for files that no job would take; nothing has to be loaded."""
     from musetalk import media
 
     try:
@@ -117,17 +117,17 @@ def _media_limits(settings: Settings) -> MediaLimits:
 
 
 class EngineLoader:
-    """One loading of the engine; `state` says what it is at, for whoever asks meanwhile."""
+    """One loading of the engine; `state` describes its progress for /hc."""
 
     def __init__(self, settings: Settings, metrics: Metrics, *, watcher: Watcher | None = None) -> None:
-        """`watcher` sees a fetch of weights come in; the log does where there is none."""
+        """`watcher` follows the download of weights; without one the log does."""
         self._settings, self._metrics, self._watcher = settings, metrics, watcher
         self.state = LOADING
 
     def load(self) -> Engine:
         """Check the machine, load the networks, run them once, choose the encoder.
 
-        Raises WeightsError for files, ProcessingError for a machine that is not fit.
+        Raises WeightsError for files, ProcessingError for an unfit machine.
         """
         self._check_folders()
         models, batch_size = self._load_models()
@@ -143,7 +143,7 @@ class EngineLoader:
                 raise ProcessingError(problem)
 
     def _check_device(self) -> Any:
-        """The device (torch's), looked at and tried out before anything large is fetched or loaded for it."""
+        """Choose the device (torch's) and try it before anything large is fetched or loaded for it."""
         from musetalk import devices
 
         settings = self._settings
@@ -155,9 +155,9 @@ class EngineLoader:
             )
         devices.configure_threads(settings.cpu_threads, device)
         if device.type == "cuda":
-            facts = devices.gpu_facts(device)
-            logger.info("gpu", extra={"gpu": facts.name, "free_mib": facts.free_mib, "total_mib": facts.total_mib})
-            if (problem := devices.gpu_problem(facts, settings.min_gpu_memory_mb)) is not None:
+            gpu = devices.gpu_facts(device)
+            logger.info("gpu", extra={"gpu": gpu.name, "free_mib": gpu.free_mib, "total_mib": gpu.total_mib})
+            if (problem := devices.gpu_problem(gpu, settings.min_gpu_memory_mb)) is not None:
                 raise ProcessingError(problem)
         devices.try_out(device)
         return device
@@ -183,10 +183,10 @@ class EngineLoader:
         loaded = time.monotonic()
         batch_size = warm_up(models, settings.batch_size, settings.acceleration)
         if batch_size != settings.batch_size:
-            logger.warning("the batch does not fit the GPU", extra={"batch_size": batch_size})
+            logger.warning("batch size lowered to fit the GPU", extra={"batch_size": batch_size})
         build = {"version": __version__, "model": version, "device": str(device), "torch": devices.torch_version()}
-        self._metrics.built(**build)
-        self._metrics.read_gpu_memory(lambda: devices.memory_bytes(device))
+        self._metrics.set_build_info(**build)
+        self._metrics.register_gpu_memory(lambda: devices.memory_bytes(device))
         logger.info(
             "models loaded",
             extra={
@@ -200,7 +200,7 @@ class EngineLoader:
         return models, batch_size
 
     def choose_model(self) -> tuple[ModelVersion, Path]:
-        """Which weights, and where they lie; missing ones are fetched where that is wanted. Raises WeightsError."""
+        """Choose the weights and their folder; fetch missing ones where the settings allow. Raises WeightsError."""
         from musetalk.models import find_version
         from musetalk.weights import locate
 
@@ -211,7 +211,7 @@ class EngineLoader:
         may_fetch = self._may_fetch()
         try:
             if settings.model == "auto":
-                # Where the real model is to be had, the demo does not quietly stand for it.
+                # Where the official model can be fetched, the demo must not replace it silently.
                 version, models_dir = find_version(settings.models_dir, None if may_fetch else DEMO_MODELS)
             else:
                 locate(settings.models_dir, version)
@@ -219,26 +219,26 @@ class EngineLoader:
         except WeightsError as error:
             if not may_fetch:
                 raise
-            logger.info("weights are missing and will be fetched", extra={"missing": error.details.get("missing")})
+            logger.info("weights missing; fetching", extra={"missing": error.details.get("missing")})
             self._fetch_weights(version)
             return version, settings.models_dir
         if version == "demo":
             logger.warning(
-                "NO OFFICIAL WEIGHTS FOUND: the small demo model runs; it is made for the demo portrait, not for real "
-                "faces (MUSETALK_MODEL=v15 refuses to start instead)",
+                "NO OFFICIAL WEIGHTS FOUND: running the small demo model, made for the demo portrait and not for real "
+                "faces (with MUSETALK_MODEL=v15 the worker refuses to start instead)",
                 extra={"models_dir": str(settings.models_dir)},
             )
         return version, models_dir
 
     def _may_fetch(self) -> bool:
-        """Whether this worker brings weights it lacks: told to, or run on a GPU, which nobody rents for the demo."""
+        """Whether missing weights are fetched: by setting, or on a GPU, because nobody rents one for the demo."""
         settings = self._settings
         if settings.fetch_weights == "auto":
             return settings.device != "cpu" and has_gpu_hardware()
         return settings.fetch_weights == "1"
 
     def _fetch_weights(self, version: ModelVersion) -> None:
-        """Fetch into the models folder, told in the log and in `state`; raises WeightsError."""
+        """Fetch into the models folder, with progress in the log and in `state`; raises WeightsError."""
         from musetalk import manifest
         from musetalk.fetching import Watcher, every, fetch
 
@@ -258,13 +258,13 @@ class EngineLoader:
 
 
 def engine_around(settings: Settings, models: Models, batch_size: int) -> Engine:
-    """An engine with these networks; raises ProcessingError when the wanted encoder is not to be had."""
+    """Build an engine with these networks; raises ProcessingError when the chosen encoder is unavailable."""
     return Engine(settings, models, _choose_encoder(settings, models), _open_avatars(settings), batch_size)
 
 
 def _log_fetched(progress: Progress) -> None:
-    facts = {"percent": progress.percent, "file": progress.name, "bytes": progress.n_done, "of": progress.n_total}
-    logger.info("fetching the weights", extra=facts)
+    stats = {"percent": progress.percent, "file": progress.name, "bytes": progress.n_done, "of": progress.n_total}
+    logger.info("fetching the weights", extra=stats)
 
 
 def _choose_encoder(settings: Settings, models: Models) -> EncoderSettings:

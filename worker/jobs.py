@@ -1,6 +1,6 @@
 """A job as data: parse the request, name the stages, write result and error bodies. Knows no HTTP, no torch.
 
-The wire names (field spellings, legacy metrics) are those of the protocol notes, sections 3 and 4.
+Field spellings and legacy metrics are those of the protocol.
 """
 
 from __future__ import annotations
@@ -9,17 +9,22 @@ import math
 import re
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from musetalk.errors import JobCancelledError, MediaError, MuseTalkError, RequestError, ShutdownError, UnavailableError
+from musetalk.errors import (
+    JobCancelledError,
+    MediaError,
+    MuseTalkError,
+    RequestError,
+    ShutdownError,
+    UnavailableError,
+)
+from musetalk.options import LoopMode, MaskMode, RenderOptions, SilenceMode
 
-ParsingMode = Literal["jaw", "raw", "neck"]
-LoopMode = Literal["ping_pong", "loop", "hold", "trim"]
-SilenceMode = Literal["generate", "closed", "source"]
 Stage = Literal["download", "validation", "preprocessing", "inference", "postprocessing", "upload"]
-STAGES: tuple[Stage, ...] = ("download", "validation", "preprocessing", "inference", "postprocessing", "upload")
+STAGES: tuple[Stage, ...] = get_args(Stage)
 ALWAYS_REPORTED: tuple[Stage, ...] = ("download", "validation", "inference", "upload")
 
 MAX_ID_LENGTH = 256
@@ -27,104 +32,22 @@ MAX_URL_LENGTH = 8192
 MAX_TEXT_LENGTH = 64
 
 
-@dataclass(frozen=True)
-class JobParams:
-    """What a job may ask of the model; None = the model version's own default."""
-
-    bbox_shift: int = 0
-    extra_margin: int | None = None
-    parsing_mode: ParsingMode | None = None
-    left_cheek_width: int = 90
-    right_cheek_width: int = 90
-    face_box: tuple[int, int, int, int] | None = None
-    box_smoothing: float = 0.0
-    max_gap_frames: int | None = None
-    loop_mode: LoopMode = "ping_pong"
-    silence: SilenceMode = "generate"
-    batch_size: int | None = None
-    ignored: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Job:
-    """One request to make one video; uploaded `files`, source and audio, take the place of the addresses."""
-
-    job_id: str
-    video_url: str
-    audio_url: str
-    aspect_ratio: str | None = None
-    resolution: str | None = None
-    params: JobParams = field(default_factory=JobParams)
-    queue_job_id: str | None = None
-    buffer_job_id: str | None = None
-    files: tuple[Path, Path] | None = None
-
-
-def parse_job(body: object, *, queue_job_id: str | None = None, buffer_job_id: str | None = None) -> Job:
-    """The job in a decoded JSON body (any value); unknown fields are ignored.
-
-    Raises RequestError that names the field at fault.
-    """
-    if not isinstance(body, Mapping):
-        raise RequestError("the body must be a JSON object", field="body")
-    params = body.get("params")
-    return Job(
-        job_id=_identifier(body, "musetalk_job_id"),
-        video_url=_address(body, "video_url"),
-        audio_url=_address(body, "audio_url"),
-        aspect_ratio=_optional_text(body, "aspect_ratio"),
-        resolution=_optional_text(body, "resolution"),
-        params=parse_params({} if params is None else params),
-        queue_job_id=queue_job_id,
-        buffer_job_id=buffer_job_id,
-    )
-
-
-def parse_upload(fields: Mapping[str, object], files: tuple[Path, Path]) -> Job:
-    """The job whose source and audio are local `files`; `fields` are those of `parse_job` without the addresses.
-
-    Raises RequestError that names the field at fault.
-    """
-    return Job(
-        job_id=_identifier(fields, "musetalk_job_id"),
-        video_url="",
-        audio_url="",
-        aspect_ratio=_optional_text(fields, "aspect_ratio"),
-        resolution=_optional_text(fields, "resolution"),
-        params=parse_params(fields.get("params") or {}),
-        files=files,
-    )
-
-
-def parse_params(raw: object) -> JobParams:
-    """The model parameters of a job; names it does not know are kept in `ignored`, to be told in the result.
-
-    Raises RequestError that names the parameter at fault.
-    """
-    if not isinstance(raw, Mapping):
-        raise RequestError("params must be a JSON object", field="params")
-    values: dict[str, Any] = {}
-    for name, param in PARAMS.items():
-        if raw.get(name) is None:
-            continue
-        try:
-            values[name] = param.parse(raw[name])
-        except ValueError as problem:
-            raise RequestError(f"params.{name} {problem}", field=f"params.{name}") from None
-    ignored = sorted(str(name)[:100] for name in raw if name not in PARAMS)
-    return JobParams(**values, ignored=tuple(ignored))
-
-
 Schema = dict[str, object]
 
 
 @dataclass(frozen=True)
 class Param:
-    """One model parameter: how it is read, its JSON schema, and what it does."""
+    """One job parameter: its parser, its JSON schema, its meaning, and the model option that it sets."""
 
     parse: Callable[[Any], Any]
     schema: Schema
     meaning: str
+    option: str | None
+
+
+def param(kind: tuple[Callable[[Any], Any], Schema], meaning: str, *, option: str | None = None) -> Any:
+    """A field of `JobParams`; `option` names the field of `RenderOptions` where that is called otherwise."""
+    return field(default=None, metadata={"param": Param(*kind, meaning, option)})
 
 
 def _whole(low: int, high: int) -> tuple[Callable[[Any], int], Schema]:
@@ -150,7 +73,10 @@ def _number(low: float, high: float) -> tuple[Callable[[Any], float], Schema]:
     return parse, {"type": ["number", "null"], "minimum": low, "maximum": high}
 
 
-def _one_of(*allowed: str) -> tuple[Callable[[Any], str], Schema]:
+def _one_of(choices: Any) -> tuple[Callable[[Any], str], Schema]:
+    """A parser for the values of a `Literal` type."""
+    allowed = get_args(choices)
+
     def parse(value: Any) -> str:
         if value not in allowed:
             raise ValueError(f"must be one of {', '.join(allowed)}")
@@ -177,44 +103,135 @@ def _box() -> tuple[Callable[[Any], tuple[int, int, int, int]], Schema]:
     return parse, {"type": ["array", "null"], "items": item, "minItems": 4, "maxItems": 4}
 
 
-PARAMS: dict[str, Param] = {
-    "face_box": Param(
-        *_box(), "`[x0, y0, x1, y1]` in px: where the face is, the same in every frame; no detection is run"
-    ),
-    "bbox_shift": Param(
-        *_whole(-100, 100),
+@dataclass(frozen=True)
+class JobParams:
+    """The model options that a job sets; None = the default of the model version.
+
+    A new parameter is one field here, named as on the wire, and the option in `musetalk.options`; the documents follow.
+    """
+
+    face_box: tuple[int, int, int, int] | None = param(
+        _box(), "`[x0, y0, x1, y1]` in px: the face's position, the same in every frame; no detection runs"
+    )
+    bbox_shift: int | None = param(
+        _whole(-100, 100),
         "v1.0 only: moves the box down (positive) or up by px; refused with v1.5, where it has no effect",
-    ),
-    "extra_margin": Param(
-        *_whole(0, 200), "px added below the box (v1.5: 10, v1.0: 0); more lets the chin move further"
-    ),
-    "parsing_mode": Param(
-        *_one_of("jaw", "raw", "neck"),
+    )
+    extra_margin: int | None = param(
+        _whole(0, 200), "px added below the box (v1.5: 10, v1.0: 0); more lets the chin move further"
+    )
+    parsing_mode: MaskMode | None = param(
+        _one_of(MaskMode),
         "which part of the face is redrawn: `jaw` (v1.5), `raw` (v1.0: mouth and skin), `neck`",
-    ),
-    "left_cheek_width": Param(
-        *_whole(0, 256), "half-width of the free zone left of the mouth in `jaw` mode, in 512ths of the crop (90)"
-    ),
-    "right_cheek_width": Param(*_whole(0, 255), "the same right of the mouth (90)"),
-    "box_smoothing": Param(
-        *_number(0, 50), "sigma in frames of a Gaussian over the boxes; steadies a trembling mouth (0 = off)"
-    ),
-    "max_gap_frames": Param(
-        *_whole(0, 250),
-        "faceless gaps up to this length are interpolated (default: half a second); longer ones show the source",
-    ),
-    "loop_mode": Param(
-        *_one_of("ping_pong", "loop", "hold", "trim"),
-        "speech longer than the source: `ping_pong` plays it to and fro (default), `loop` starts again, `hold` stays "
-        "on the last frame, `trim` ends with the source and cuts the speech (a still is shown throughout)",
-    ),
-    "silence": Param(
-        *_one_of("generate", "closed", "source"),
+        option="mask_mode",
+    )
+    left_cheek_width: int | None = param(
+        _whole(0, 256), "half-width of the free zone left of the mouth in `jaw` mode, in 512ths of the crop (90)"
+    )
+    right_cheek_width: int | None = param(_whole(0, 255), "half-width of the free zone right of the mouth (90)")
+    box_smoothing: float | None = param(
+        _number(0, 50), "sigma in frames of a Gaussian over the boxes; steadies a trembling mouth (0 = off)"
+    )
+    max_gap_frames: int | None = param(
+        _whole(0, 250),
+        "gaps without a face up to this length are interpolated (default: half a second); longer ones show the source",
+    )
+    loop_mode: LoopMode | None = param(
+        _one_of(LoopMode),
+        "speech longer than the source: `ping_pong` plays it back and forth (default), `loop` starts again, `hold` "
+        "stays on the last frame, `trim` ends with the source and cuts the speech (a still is shown throughout)",
+    )
+    silence: SilenceMode | None = param(
+        _one_of(SilenceMode),
         "pauses in the speech, also noisy ones: `generate` follows their sound (default), `closed` holds the mouth "
         "shut, `source` shows the source untouched",
-    ),
-    "batch_size": Param(*_whole(1, 256), "output frames in one pass of the networks, instead of `BATCH_SIZE`"),
-}
+    )
+    batch_size: int | None = param(_whole(1, 256), "output frames in one pass of the networks, instead of `BATCH_SIZE`")
+    ignored: tuple[str, ...] = ()
+
+    def chosen(self) -> dict[str, Any]:
+        """The options that this job sets, by their names in `RenderOptions`."""
+        given = ((row.option or name, getattr(self, name)) for name, row in PARAMS.items())
+        return {option: value for option, value in given if value is not None}
+
+
+PARAMS: dict[str, Param] = {item.name: item.metadata["param"] for item in fields(JobParams) if item.metadata}
+
+
+def params_of(options: RenderOptions) -> dict[str, object]:
+    """The parameters that `options` amount to, by their wire names; those without a value are left out."""
+    values = ((name, getattr(options, row.option or name)) for name, row in PARAMS.items())
+    return {name: value for name, value in values if value is not None}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request to make one video; uploaded `files` (source, audio) replace the addresses."""
+
+    job_id: str
+    video_url: str
+    audio_url: str
+    aspect_ratio: str | None = None
+    resolution: str | None = None
+    params: JobParams = field(default_factory=JobParams)
+    queue_job_id: str | None = None
+    buffer_job_id: str | None = None
+    files: tuple[Path, Path] | None = None
+
+
+def parse_job(body: object, *, queue_job_id: str | None = None, buffer_job_id: str | None = None) -> Job:
+    """Parse a decoded JSON body (any value); unknown fields are ignored.
+
+    Raises RequestError that names the wrong field.
+    """
+    if not isinstance(body, Mapping):
+        raise RequestError("the body must be a JSON object", field="body")
+    params = body.get("params")
+    return Job(
+        job_id=_identifier(body, "musetalk_job_id"),
+        video_url=_address(body, "video_url"),
+        audio_url=_address(body, "audio_url"),
+        aspect_ratio=_optional_text(body, "aspect_ratio"),
+        resolution=_optional_text(body, "resolution"),
+        params=parse_params({} if params is None else params),
+        queue_job_id=queue_job_id,
+        buffer_job_id=buffer_job_id,
+    )
+
+
+def parse_upload(form: Mapping[str, object], files: tuple[Path, Path]) -> Job:
+    """Parse a job whose source and audio are local `files`; `form` has the fields of `parse_job` without the addresses.
+
+    Raises RequestError that names the wrong field.
+    """
+    return Job(
+        job_id=_identifier(form, "musetalk_job_id"),
+        video_url="",
+        audio_url="",
+        aspect_ratio=_optional_text(form, "aspect_ratio"),
+        resolution=_optional_text(form, "resolution"),
+        params=parse_params(form.get("params") or {}),
+        files=files,
+    )
+
+
+def parse_params(raw: object) -> JobParams:
+    """Parse the parameters of a job; unknown names are kept in `ignored` and reported as warnings in the result.
+
+    Raises RequestError that names the wrong parameter.
+    """
+    if not isinstance(raw, Mapping):
+        raise RequestError("params must be a JSON object", field="params")
+    values: dict[str, Any] = {}
+    for name, row in PARAMS.items():
+        if raw.get(name) is None:
+            continue
+        try:
+            values[name] = row.parse(raw[name])
+        except ValueError as problem:
+            raise RequestError(f"params.{name} {problem}", field=f"params.{name}") from None
+    ignored = sorted(str(name)[:100] for name in raw if name not in PARAMS)
+    return JobParams(**values, ignored=tuple(ignored))
 
 
 def _identifier(body: Mapping[Any, Any], name: str) -> str:
@@ -224,7 +241,7 @@ def _identifier(body: Mapping[Any, Any], name: str) -> str:
     if len(value) > MAX_ID_LENGTH:
         raise RequestError(f"{name} must not be longer than {MAX_ID_LENGTH} characters", field=name)
     if any(not character.isprintable() for character in value):
-        raise RequestError(f"{name} must not hold control characters", field=name)
+        raise RequestError(f"{name} must not contain control characters", field=name)
     return value
 
 
@@ -249,86 +266,95 @@ def _optional_text(body: Mapping[Any, Any], name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class JobResult:
-    """A finished job: where the video is, and the figures of how it was made."""
+class RenderedJob:
+    """A job whose video is made but not stored yet; its sidecar and its result both start from this value.
 
-    job_id: str
-    output_url: str
-    object_name: str
-    bucket: str | None
+    `created` is ISO 8601 with an offset. Memory: the highest the GPU and the process used.
+    """
+
+    job: Job
+    options: RenderOptions
     model: str
-    stage_times: Mapping[str, float]
-    total_time_s: float
+    video: Mapping[str, object]
+    warnings: tuple[str, ...]
+    created: str
+    worker_id: str
+    config_label: str
     gpu_class: str | None
     peak_gpu_memory_mib: float | None
     peak_memory_kb: int | None
-    video: Mapping[str, object]
-    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """A finished job: the rendered one, where its video is stored, and the seconds it took."""
+
+    rendered: RenderedJob
+    output_url: str
+    object_name: str
+    bucket: str | None
+    stage_times: Mapping[str, float]
+    total_time_s: float
 
 
 def result_body(result: JobResult) -> dict[str, object]:
     """The success body of POST /generate; every number is finite or null."""
+    rendered = result.rendered
     return {
         "status": "success",
         "output_url": result.output_url,
-        "musetalk_job_id": result.job_id,
-        "model": result.model,
+        "musetalk_job_id": rendered.job.job_id,
+        "model": rendered.model,
         "metrics": {
             "GENERATION_TIME_SEC": _finite(result.stage_times.get("inference")),
             "SCRIPT_WALL_TIME_SEC": _finite(_rendering_s(result.stage_times)),
-            "PEAK_VRAM_MIB": _finite(result.peak_gpu_memory_mib),
-            "PEAK_RAM_KB": _finite(result.peak_memory_kb),
-            "gpu_class": result.gpu_class or "unknown",
+            "PEAK_VRAM_MIB": _finite(rendered.peak_gpu_memory_mib),
+            "PEAK_RAM_KB": _finite(rendered.peak_memory_kb),
+            "gpu_class": rendered.gpu_class or "unknown",
             "stage_times": stage_times_body(result.stage_times),
             "total_time": _finite(result.total_time_s),
         },
-        "video": dict(result.video),
-        "warnings": list(result.warnings),
+        "video": dict(rendered.video),
+        "warnings": list(rendered.warnings),
         "error": None,
     }
 
 
-def sidecar_body(
-    job: Job,
-    *,
-    created: str,
-    stage_times: Mapping[str, float],
-    peak_gpu_memory_mib: float | None,
-    peak_memory_kb: int | None,
-    video: Mapping[str, object],
-    **worker: object,
-) -> dict[str, object]:
-    """What is stored beside the MP4 (protocol section 7); the store adds the object's name, size and SHA-1.
+def sidecar_body(rendered: RenderedJob, stage_times: Mapping[str, float]) -> dict[str, object]:
+    """The JSON stored beside the MP4; the store adds the object's name, size, SHA-1.
 
-    `created` is ISO 8601 with an offset; `worker` says who made it (gpu_class, worker_id, model, ...). The addresses of
-    the inputs are left out: they may be signed.
+    The addresses of the inputs are left out: they may be signed.
     """
-    params = {name: value for name, value in asdict(job.params).items() if value is not None and name != "ignored"}
+    job = rendered.job
     return {
         "musetalk_job_id": job.job_id,
         "queue_job_id": job.queue_job_id,
         "buffer_job_id": job.buffer_job_id,
-        **worker,
+        "gpu_class": rendered.gpu_class or "unknown",
+        "worker_id": rendered.worker_id,
+        "config_label": rendered.config_label,
+        "batch_size": rendered.options.batch_size,
+        "model": rendered.model,
         "aspect_ratio": job.aspect_ratio,
         "resolution": job.resolution,
-        "params": params,
+        "params": params_of(rendered.options),
         "generation_time_sec": _finite(stage_times.get("inference")),
         "script_wall_time_sec": _finite(_rendering_s(stage_times)),
-        "peak_vram_mib": _finite(peak_gpu_memory_mib),
-        "peak_ram_kb": _finite(peak_memory_kb),
+        "peak_vram_mib": _finite(rendered.peak_gpu_memory_mib),
+        "peak_ram_kb": _finite(rendered.peak_memory_kb),
         "stage_times": stage_times_body(stage_times),
-        "video": dict(video),
-        "create_time_utc": created,
+        "video": dict(rendered.video),
+        "create_time_utc": rendered.created,
     }
 
 
 def _rendering_s(stage_times: Mapping[str, float]) -> float:
-    """Everything between validation and upload."""
+    """Seconds between validation and upload."""
     return sum(stage_times.get(stage, 0.0) for stage in ("preprocessing", "inference", "postprocessing"))
 
 
-# Answers to the caller: 4xx is final for Salad's queue and for the orchestrator, 5xx may be tried again. The nearest
-# class in an error's ancestry counts; what is not listed is 500.
+# 4xx is final for Salad's queue and for the orchestrator, 5xx may be retried. The nearest class in an error's ancestry
+# counts; classes that are not listed are 500.
 HTTP_STATUSES: dict[type[MuseTalkError], int] = {
     MediaError: 422,
     JobCancelledError: 409,
@@ -338,14 +364,15 @@ HTTP_STATUSES: dict[type[MuseTalkError], int] = {
 
 
 def http_status(error: BaseException) -> int:
-    """The HTTP status that answers `error`."""
+    """Return the HTTP status for `error`."""
     return next((HTTP_STATUSES[kind] for kind in type(error).__mro__ if kind in HTTP_STATUSES), 500)
 
 
 def error_body(error: BaseException, *, job_id: str | None = None) -> tuple[int, dict[str, object]]:
     """HTTP status and body for any exception; the only place where an error becomes JSON.
 
-    What we did not raise on purpose is an `unknown_error`: its text may hold anything, so only its class is told.
+    An error that was not raised on purpose is an `unknown_error`: its text may contain anything, so only its class is
+    reported.
     """
     status = http_status(error)
     if isinstance(error, MuseTalkError):
@@ -372,7 +399,7 @@ def error_body(error: BaseException, *, job_id: str | None = None) -> tuple[int,
 
 
 def stage_times_body(stage_times: Mapping[Any, float]) -> dict[str, float]:
-    """Seconds per stage, rounded to milliseconds; the four stages every consumer knows are always there."""
+    """Seconds per stage, rounded to milliseconds; the four stages that every consumer reads are always present."""
     return {
         stage: round(stage_times.get(stage, 0.0), 3)
         for stage in STAGES
@@ -394,7 +421,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _json_details(details: Mapping[str, object]) -> dict[str, object]:
-    """`details` as JSON values: what JSON cannot hold becomes text, and no number is NaN or infinite."""
+    """`details` as JSON values: other types become text, NaN and infinity become null."""
 
     def plain(value: object) -> object:
         if value is None or isinstance(value, (bool, int, str)):

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Literal, Protocol
 
 from worker.job_control import StopReason
+from worker.readiness import WorkerStatus
 from worker.telemetry import logger
 
 Word = Literal["stop", "abort", "restart"]
@@ -32,10 +33,9 @@ EXIT_RESTART = 70  # EX_SOFTWARE
 class JobOwner(Protocol):
     """The core, as far as the end of the process concerns it."""
 
-    on_lost: Callable[[str], None] | None
-
-    def drain(self) -> None:
-        """Accept no further job; called from signal handlers as well."""
+    @property
+    def status(self) -> WorkerStatus:
+        """The part of the readiness that outlives a job."""
 
     def stop_running(self, reason: StopReason) -> bool:
         """Stop the running job at its next chunk; return whether there was one."""
@@ -70,12 +70,12 @@ class Lifecycle(threading.Thread):
         self._exit_now, self._end_process = exit_now, end_process
         # SimpleQueue.put may be interrupted by another put in the same thread, as a handler is by a second signal.
         self._words: queue.SimpleQueue[Word] = queue.SimpleQueue()
-        core.on_lost = lambda _reason: self.say("restart")
+        core.status.on_lost = lambda _reason: self.say("restart")
 
     def say(self, word: Word) -> None:
         """Hand over a word; may be called by a signal's handler."""
         if word != "restart":
-            self._core.drain()
+            self._core.status.drain()
         self._words.put(word)
 
     def run(self) -> None:
@@ -83,7 +83,7 @@ class Lifecycle(threading.Thread):
         word = self._words.get()
         # Of a short time the job gets half.
         ends = time.monotonic() + self._graceful_s - min(LAST_WORDS_S, self._graceful_s / 2)
-        self._core.drain()
+        self._core.status.drain()
         if (loop := self._claim_loop()) is not None:
             loop.stop()
         if word == "restart":

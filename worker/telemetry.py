@@ -29,23 +29,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 _job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 
-# Attributes every LogRecord has; what a call gave in `extra` is the rest.
+# Attributes that every LogRecord has; the others come from `extra`.
 _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-# What follows the path of an address may be a signature: it is never logged.
+# The query of an address may be a signature, so it is never logged.
 _QUERY = re.compile(r"(https?://[^\s?#\"'<>]*)[?#][^\s\"'<>]*")
 _USER = re.compile(r"(https?://)[^\s/@\"'<>]*@")
 _secrets: set[str] = set()
 
 
-def keep_secret(values: Iterable[str | None]) -> None:
-    """No later log line of this process shows one of `values`, wherever it comes from."""
+def redact_values(values: Iterable[str | None]) -> None:
+    """Redact `values` in every later log line of this process."""
     _secrets.update(value for value in values if value and len(value) >= 4)
 
 
 def redacted(text: str) -> str:
-    """`text` without queries and user names of addresses, and without what `keep_secret` was told."""
+    """Return `text` without the queries and user names of addresses and without the values to redact."""
     text = _USER.sub(r"\1", _QUERY.sub(r"\1?...", text))
     for secret in _secrets:
         text = text.replace(secret, "***")
@@ -56,7 +56,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, severity (the level field Salad reads), message, job id, extras."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line of JSON; what JSON cannot hold becomes text."""
+        """Format the record as one line of JSON; values of other types become text."""
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "severity": record.levelname.lower(),
@@ -80,7 +80,8 @@ def _trace_text(error: BaseException) -> str:
 def configure_logging(level: str, stream: TextIO = sys.stdout) -> None:
     """Send every log of the process as JSON lines to `stream`; safe to call twice.
 
-    Ours from `level` on; other libraries' from warnings on, since their chatter holds addresses with signatures.
+    Our records from `level` on; those of other libraries from warnings on, because theirs below contain signed
+    addresses.
     """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
@@ -93,7 +94,7 @@ def configure_logging(level: str, stream: TextIO = sys.stdout) -> None:
 
 @contextmanager
 def job_logging(job_id: str) -> Iterator[None]:
-    """Every record logged inside the block by this thread carries `job_id`."""
+    """Add `job_id` to every record that this thread logs inside the block."""
     token = _job_id.set(job_id)
     try:
         yield
@@ -102,7 +103,7 @@ def job_logging(job_id: str) -> Iterator[None]:
 
 
 class StageClock:
-    """Seconds spent in each stage of one job; writes the stage on errors that pass through."""
+    """Seconds spent in each stage of one job; sets the stage of errors that pass through."""
 
     def __init__(self) -> None:
         self.seconds: dict[Stage, float] = {}
@@ -110,7 +111,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
-        """Time the block as stage `name`; an error raised in it gets that stage unless it already has one."""
+        """Time the block as stage `name`; an error raised in it gets that stage unless it has one."""
         started = time.monotonic()
         try:
             yield
@@ -118,7 +119,7 @@ class StageClock:
             error.stage = error.stage or name
             raise
         except BaseException as error:
-            # What nobody foresaw still says where it happened.
+            # Unforeseen errors name their stage too.
             if getattr(error, "stage", None) is None:
                 error.stage = name  # type: ignore[attr-defined]
             raise
@@ -131,22 +132,22 @@ class StageClock:
 
     @property
     def total_s(self) -> float:
-        """Seconds since the clock was made."""
+        """Seconds since the clock was created."""
         return time.monotonic() - self._started
 
 
 def peak_memory_kb() -> int:
-    """Largest resident memory this process ever had, in KiB."""
+    """Highest resident memory of this process so far, in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 Outcome = Literal["succeeded", "failed", "cancelled", "handed_back"]
-# Upper bounds in seconds: a stage is a tenth of a second to half an hour.
+# Upper bounds in seconds: a stage takes a tenth of a second to half an hour.
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1800)
 
 
 def outcome_of(error: BaseException | None) -> Outcome:
-    """How a job ended that was begun; one that nobody wants or that goes to another worker did not fail."""
+    """The outcome of a started job; a cancelled one, or one that another worker takes over, did not fail."""
     if isinstance(error, JobCancelledError):
         return "cancelled"
     if isinstance(error, ShutdownError):
@@ -155,12 +156,12 @@ def outcome_of(error: BaseException | None) -> Outcome:
 
 
 class Metrics:
-    """What Prometheus reads at /metrics; names as its conventions have them (base units, `_total`, `_info`)."""
+    """The metrics at /metrics; names follow the conventions of Prometheus (base units, `_total`, `_info`)."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        self._jobs = Counter("musetalk_jobs", "Jobs by how they ended.", ["result"], registry=self._registry)
+        self._jobs = Counter("musetalk_jobs", "Jobs by outcome.", ["result"], registry=self._registry)
         self._errors = Counter(
             "musetalk_job_errors", "Failed jobs by kind and stage.", ["error_type", "stage"], registry=self._registry
         )
@@ -172,24 +173,27 @@ class Metrics:
         )
         self._frames = Counter("musetalk_frames", "Output frames of finished jobs.", registry=self._registry)
         self._info = Gauge(
-            "musetalk_build_info", "What runs here.", ["version", "model", "device", "torch"], registry=self._registry
+            "musetalk_build_info",
+            "Version, model, device and torch of this process.",
+            ["version", "model", "device", "torch"],
+            registry=self._registry,
         )
-        self._readers: dict[str, tuple[str, Callable[[], float]]] = {}
+        self._gauges: dict[str, tuple[str, Callable[[], float]]] = {}
         self._memory: Callable[[], Mapping[str, float]] = dict
-        self._registry.register(_Live(self))
+        self._registry.register(_GaugeCollector(self))
         for result in (*get_args(Outcome), "rejected"):
             self._jobs.labels(result)
-        # All of them at once: a counter that first appears as 1 never rises from 0, so no rule sees the first failure.
+        # Created at once: a counter that first appears as 1 never rose from 0, and no alert sees the first failure.
         for kind in (MediaError, ProcessingError, MuseTalkError):
             for stage in (*STAGES, "unknown"):
                 self._errors.labels(kind.error_type, stage)
 
-    def rejected(self) -> None:
-        """A job was refused because the worker could not take it."""
+    def count_rejection(self) -> None:
+        """Count a job that was refused because the worker could not take it."""
         self._jobs.labels("rejected").inc()
 
-    def ended(self, clock: StageClock, error: BaseException | None, n_frames: int = 0) -> None:
-        """A job ended, well (None) or with `error`."""
+    def count_job(self, clock: StageClock, error: BaseException | None, n_frames: int = 0) -> None:
+        """Count a job that ended, with `error` or successfully (None)."""
         result = outcome_of(error)
         self._jobs.labels(result).inc()
         self._job_seconds.labels(result).observe(clock.total_s)
@@ -200,22 +204,22 @@ class Metrics:
             kind = error.error_type if isinstance(error, MuseTalkError) else "unknown_error"
             self._errors.labels(kind, getattr(error, "stage", None) or "unknown").inc()
 
-    def built(self, **facts: str) -> None:
-        """What runs here, once the models are loaded: version, model, device, torch."""
+    def set_build_info(self, **labels: str) -> None:
+        """Publish version, model, device and torch, once the models are loaded."""
         self._info.clear()
-        self._info.labels(**facts).set(1)
+        self._info.labels(**labels).set(1)
 
-    def read(self, name: str, meaning: str, value: Callable[[], float]) -> None:
-        """Show `value()` as the gauge `name` at each look; a later reader of the same name replaces it."""
-        self._readers[name] = (meaning, value)
+    def register_gauge(self, name: str, meaning: str, value: Callable[[], float]) -> None:
+        """Register a gauge that calls `value()` on every scrape; the same name again replaces it."""
+        self._gauges[name] = (meaning, value)
 
-    def read_gpu_memory(self, memory: Callable[[], Mapping[str, float]]) -> None:
-        """Show `memory()`, bytes by kind, at each look."""
+    def register_gpu_memory(self, memory: Callable[[], Mapping[str, float]]) -> None:
+        """Register the gauge of GPU memory: `memory()` returns bytes by kind, on every scrape."""
         self._memory = memory
 
-    def live(self) -> Iterator[GaugeMetricFamily]:
-        """The gauges that are read at this moment."""
-        for name, (meaning, value) in self._readers.items():
+    def collect_gauges(self) -> Iterator[GaugeMetricFamily]:
+        """Read all registered gauges now."""
+        for name, (meaning, value) in self._gauges.items():
             yield GaugeMetricFamily(name, meaning, value=value())
         memory = GaugeMetricFamily("musetalk_gpu_memory_bytes", "GPU memory by kind.", labels=["kind"])
         for kind, n_bytes in self._memory().items():
@@ -227,16 +231,33 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _Live:
-    """Lets the registry ask for the live gauges."""
+class _GaugeCollector:
+    """Adapter by which the registry reads the registered gauges."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def describe(self) -> list[GaugeMetricFamily]:
-        """Nothing fixed: the gauges come as they are registered."""
+        """Nothing fixed: gauges may be registered at any time."""
         return []
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Called by the registry at each look."""
-        return self._metrics.live()
+        """Called by the registry on every scrape."""
+        return self._metrics.collect_gauges()
+
+
+def log_job_end(clock: StageClock, error: BaseException | None, **stats: object) -> None:
+    """Log the one record per job that says how it ended: outcome, seconds per stage, and `stats`."""
+    times = {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()}
+    outcome: dict[str, object] = {"outcome": outcome_of(error)}
+    if isinstance(error, MuseTalkError):
+        outcome.update(error_type=error.error_type, reason=error.message, stage=error.stage)
+    elif error is not None:
+        outcome.update(error_type="unknown_error", reason=type(error).__name__)
+    is_unforeseen = error is not None and not isinstance(error, MuseTalkError)
+    logger.log(
+        logging.ERROR if is_unforeseen else logging.INFO,
+        "job_done",
+        exc_info=error if is_unforeseen else None,
+        extra={**outcome, **stats, "stage_times": times, "total_time": round(clock.total_s, 3)},
+    )

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Only folders with this prefix are ever removed at start.
+logger = logging.getLogger("musetalk.work_dir")
+
+# Only folders with this prefix are removed at start; whatever else is in WORK_DIR is not ours.
 WORK_PREFIX = "job-"
+_POLL_S = 1.0
 
 
 class FolderLock:
-    """The sole use of a folder by one process for as long as it lives; a killed one's ends with it."""
+    """Exclusive use of a folder by one process; the system releases it when the process ends or is killed."""
 
     def __init__(self, folder: Path) -> None:
-        """Makes the folder if it is absent; raises OSError where that cannot be."""
+        """Create the folder if it does not exist; raises OSError where that is impossible."""
         folder.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         weakref.finalize(self, os.close, self._fd)
 
     def acquire(self) -> bool:
-        """Take the folder at once or not at all; whether it is ours. Where the file system has no locks it is."""
+        """Lock the folder without waiting; return whether it is ours. File systems without locks always grant it."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -37,15 +42,46 @@ class FolderLock:
         return True
 
 
-@contextmanager
-def job_folder(work_dir: Path) -> Iterator[Path]:
-    """A folder in `work_dir` for the files of one job, removed in any case."""
-    work_dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=work_dir))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+class WorkDir:
+    """The folder of one worker; two workers in one folder would remove each other's running jobs as leftovers."""
+
+    def __init__(self, folder: Path) -> None:
+        """Touch nothing yet; see `take`."""
+        self.folder = folder
+        # The reason why `take` has not returned, for the readiness.
+        self.waiting_for: str | None = None
+        self._lock: FolderLock | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process holds the lock, so that files in the folder are its own to use and to remove."""
+        return self._lock is not None
+
+    def take(self) -> None:
+        """Wait until no other worker uses the folder, then remove what a killed one left behind."""
+        try:
+            lock = FolderLock(self.folder)
+        except OSError:
+            # Loading checks the folder as well and names the problem.
+            return
+        if not lock.acquire():
+            self.waiting_for = "another worker uses WORK_DIR; each needs a folder of its own"
+            logger.error(self.waiting_for)
+            while not lock.acquire():
+                time.sleep(_POLL_S)
+            self.waiting_for = None
+        self._lock = lock
+        remove_leftovers(self.folder)
+
+    @contextmanager
+    def job_folder(self) -> Iterator[Path]:
+        """A folder for the files of one job, removed in any case."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=self.folder))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_leftovers(work_dir: Path) -> int:

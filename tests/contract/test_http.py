@@ -17,9 +17,11 @@ from werkzeug.test import TestResponse
 
 from app import create_app
 from musetalk.errors import MediaError, NoFaceError, OutOfMemoryError, UnavailableError
-from musetalk_core import Core, Readiness
+from musetalk_core import Core
+from tests.support.results import a_result
 from worker.config import load_settings
 from worker.jobs import Job, JobResult
+from worker.readiness import Readiness
 from worker.web import openapi
 
 GOOD = {"musetalk_job_id": "job-1", "video_url": "https://host/a.mp4", "audio_url": "https://host/a.wav"}
@@ -66,22 +68,6 @@ def body_of(answer: TestResponse) -> Any:
     """The answer's JSON."""
     assert answer.is_json
     return answer.get_json()
-
-
-def a_result() -> JobResult:
-    return JobResult(
-        job_id="job-1",
-        output_url="http://localhost:8000/outputs/job-1.mp4",
-        object_name="job-1.mp4",
-        bucket=None,
-        model="v15",
-        stage_times={"download": 1.0, "validation": 0.5, "inference": 2.0, "upload": 0.25},
-        total_time_s=3.75,
-        gpu_class="RTX",
-        peak_gpu_memory_mib=None,
-        peak_memory_kb=1,
-        video={"frames": 25},
-    )
 
 
 def test_health_is_ok_when_ready_and_when_busy(client: FlaskClient, core: ScriptedCore) -> None:

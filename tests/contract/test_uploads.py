@@ -15,9 +15,10 @@ from werkzeug.test import TestResponse
 
 from app import create_app
 from musetalk.errors import MediaError
-from musetalk_core import JobProgress, Readiness
 from tests.contract.test_http import ScriptedCore
+from worker.job_control import JobProgress
 from worker.jobs import Job, JobResult
+from worker.readiness import Readiness
 from worker.web import openapi
 
 

@@ -39,7 +39,7 @@ class Worker:
         self.core = Core(load_settings({**settings, **variables}, env_file=None))
         self.faces = MovingFaces()
         models = replace(loaded.engine.models, faces=self.faces)
-        self.core.use(engine_around(self.core.settings, models, self.core.settings.batch_size))
+        self.core.engine = engine_around(self.core.settings, models, self.core.settings.batch_size)
         self.n_encoded = 0
 
     def render(self, source: Path, audio: Path, output: Path, **params: Any) -> Rendered:
@@ -162,7 +162,7 @@ def test_other_weights_are_another_avatar(
     worker = start()
     worker.render(*media_of, tmp_path / "cold.mp4")
     loaded = worker.core.engine
-    worker.core.use(replace(loaded, models=replace(loaded.models, fingerprint="of other weights")))
+    worker.core.engine = replace(loaded, models=replace(loaded.models, fingerprint="of other weights"))
     assert worker.render(*media_of, tmp_path / "other.mp4").summary.n_reused == 0
 
 
@@ -205,18 +205,16 @@ def test_a_failed_job_leaves_no_avatar(
     start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
 ) -> None:
     worker = start()
-    stopped = [False]
 
     def progress(stage: str, done: int, _total: int) -> None:
-        stopped[0] = stage == "inference" and done > 0
+        if stage == "inference" and done > 0:
+            worker.core.stop_running("cancelled")
 
     from musetalk.errors import CancelledError
     from worker.jobs import JobParams
 
     with pytest.raises(CancelledError):
-        worker.core.render(
-            *media_of, tmp_path / "out.mp4", JobParams(), on_progress=progress, should_stop=lambda: stopped[0]
-        )
+        worker.core.render(*media_of, tmp_path / "out.mp4", JobParams(), on_progress=progress)
     assert list((tmp_path / "worker/avatars").iterdir()) == []
 
 

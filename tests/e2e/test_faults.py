@@ -145,7 +145,7 @@ def test_a_lost_gpu_ends_the_process_and_a_new_one_works(start: StartServer) -> 
     server.wait_for(200)
     assert worker_of(server).pid != first
     assert server.post(server.job("after")).status_code == 200
-    assert server.entries("a new process is needed")
+    assert server.entries("new process needed")
 
 
 def test_too_little_disk_is_told_before_anything_is_fetched(start: StartServer) -> None:
@@ -194,7 +194,7 @@ def test_a_job_beyond_its_limit_is_stopped_and_retryable(start: StartServer) -> 
     body = server.post(long_job(server, "slow")).json()
     assert body["error_type"] == "processing_error"
     assert body["retryable"] is True
-    assert body["error_message"] in ("inference did not end within 2 s", "the job did not end within 3 s")
+    assert body["error_message"] in ("inference did not finish within 2 s", "the job did not finish within 3 s")
     server.release("slow")
     assert server.leftovers() == []
 
@@ -258,7 +258,7 @@ def test_sigterm_hands_a_posted_job_back_that_does_not_end_in_time(start: StartS
     body = answer.json()
     assert answer.status_code == 503
     assert (body["error_type"], body["retryable"]) == ("processing_error", True)
-    assert "shutting down" in body["error_message"]
+    assert "shut down" in body["error_message"]
     assert server.process.wait(20) == 0
     assert server.leftovers() == []
 

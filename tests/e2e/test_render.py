@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from musetalk import media
-from musetalk.errors import CancelledError, MediaError, NoFaceError, RequestError
+from musetalk.errors import JobCancelledError, MediaError, NoFaceError, RequestError
 from musetalk.faces import Face
 from musetalk.frames import Planes
 from musetalk.geometry import Box, ping_pong_index
@@ -231,11 +231,11 @@ def with_finder(core: Core) -> Any:
     loaded = core.engine
 
     def use(finder: SomeFaces) -> Core:
-        core.use(with_faces(loaded, finder))
+        core.engine = with_faces(loaded, finder)
         return core
 
     yield use
-    core.use(loaded)
+    core.engine = loaded
 
 
 def test_frames_without_a_face_show_the_source_and_keep_the_rest_in_step(with_finder: Any, tmp_path: Path) -> None:
@@ -292,15 +292,15 @@ def test_cancelling_stops_between_batches_and_leaves_nothing(core: Core, tmp_pat
     def progress(stage: Stage, done: int, total: int) -> None:
         if stage == "inference":
             seen.append(done)
+            core.stop_running("cancelled")
 
-    with pytest.raises(CancelledError):
+    with pytest.raises(JobCancelledError):
         core.render(
             source,
             audio,
             tmp_path / "out.mp4",
             JobParams(face_box=FACE),
             on_progress=progress,
-            should_stop=lambda: bool(seen),
         )
     assert seen == [8]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "source.mp4"]
@@ -372,7 +372,7 @@ def test_version_one_runs_with_its_own_defaults(tmp_path: Path) -> None:
     core.load()
     source, audio = make_source(tmp_path / "source.mp4", 3), make_audio(tmp_path / "a.wav", 0.12)
     rendered = render(core, source, audio, tmp_path / "out.mp4", face_box=FACE, bbox_shift=5)
-    assert rendered.model == "v1"
+    assert rendered.summary.model == "v1"
 
 
 def test_a_real_clip(core: Core, tmp_path: Path, real_clip: tuple[Path, Path]) -> None:

@@ -168,7 +168,7 @@ def test_python_app_py_serves_jobs_and_the_page_and_says_that_it_claims_none(tmp
         assert (page.status_code, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
         assert server.post(server.job("local")).status_code == 200
         assert (tmp_path / "outputs/local.mp4").is_file()
-        assert "this local server claims no job" in server.log_text()
+        assert "python app.py claims no jobs" in server.log_text()
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) == 0
         assert "Traceback" not in server.log_text()

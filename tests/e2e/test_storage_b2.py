@@ -322,7 +322,7 @@ def test_a_worker_with_a_wrong_key_never_becomes_ready_and_says_why(
         B2_REALM=b2.realm,
     )
     try:
-        wait_until(lambda: server.entries("the worker cannot be made ready"))
+        wait_until(lambda: server.entries("startup failed"))
         status, body = server.health()
         assert (status, body["status"]) == (503, "failed")
         assert "B2 would take no file" in body["reason"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_another_file_may_be_named_or_none(tmp_path: Path) -> None:
         load_settings({"MUSETALK_ENV_FILE": named}, env_file=usual).batch_size for named in ("", "none", str(other))
     ]
     assert sizes == [4, load().batch_size, 5]
-    with pytest.raises(SettingsError, match="MUSETALK_ENV_FILE names a file that is not there"):
+    with pytest.raises(SettingsError, match="MUSETALK_ENV_FILE names a file that does not exist"):
         load_settings({"MUSETALK_ENV_FILE": str(tmp_path / "third.env")}, env_file=usual)
 
 
@@ -85,9 +86,17 @@ def test_secrets_are_shown_nowhere() -> None:
 
 
 def test_each_setting_belongs_to_one_variable() -> None:
-    names = [variable.setting for variable in VARIABLES]
+    names = [name for variable in VARIABLES for name in (variable.name, *variable.aliases)]
     assert len(names) == len(set(names))
-    assert set(names) | {"warnings"} == set(Settings.__dataclass_fields__)
+    without = [item.name for item in fields(Settings) if "variable" not in item.metadata]
+    assert without == ["warnings"]
+
+
+def test_an_address_with_a_login_is_not_repeated_in_the_error() -> None:
+    for name in ("ORCHESTRATOR_BASE_URL", "BUFFER_ORCHESTRATOR_BASE_URL", "PUBLIC_BASE_URL", "MUSETALK_S3FD_URL"):
+        with pytest.raises(SettingsError, match=f"{name} must be an http or https address") as caught:
+            load(**{name: "ftp://user:hidden@host/"})
+        assert "hidden" not in str(caught.value)
 
 
 def test_description_holds_json_values_only() -> None:

@@ -27,10 +27,10 @@ def control(clock: Clock) -> JobControl:
 
 
 def test_a_job_is_called_by_its_ids_only(control: JobControl) -> None:
-    assert control.is_called("m-1")
-    assert control.is_called("b-1")
-    assert not control.is_called("")
-    assert not control.is_called("m-2")
+    assert control.has_id("m-1")
+    assert control.has_id("b-1")
+    assert not control.has_id("")
+    assert not control.has_id("m-2")
 
 
 def test_the_first_reason_is_told(control: JobControl) -> None:
@@ -59,7 +59,7 @@ def test_a_stage_limit_counts_from_the_stage_and_ends_with_it(control: JobContro
     assert control.should_stop()
     error = control.error()
     assert isinstance(error, DeadlineError)
-    assert error.message == "inference did not end within 20 s"
+    assert error.message == "inference did not finish within 20 s"
     assert error.retryable
 
 
@@ -70,7 +70,7 @@ def test_the_next_stage_has_its_own_limit(control: JobControl, clock: Clock) -> 
     assert not control.should_stop()
     clock.now += 1
     assert control.should_stop()
-    assert control.error().message == "the job did not end within 60 s"
+    assert control.error().message == "the job did not finish within 60 s"
 
 
 def test_a_job_that_does_not_look_is_stuck_long_after_its_limit(control: JobControl, clock: Clock) -> None:

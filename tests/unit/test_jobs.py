@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,7 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from musetalk.errors import MediaError, MuseTalkError, ProcessingError, RequestError, UnavailableError, WeightsError
-from worker.jobs import ALWAYS_REPORTED, JobParams, JobResult, error_body, parse_job, parse_params, result_body
+from musetalk.options import RenderOptions
+from tests.support.results import a_result
+from worker.jobs import (
+    ALWAYS_REPORTED,
+    PARAMS,
+    Job,
+    JobParams,
+    error_body,
+    parse_job,
+    parse_params,
+    result_body,
+    sidecar_body,
+)
 
 GOOD = {"musetalk_job_id": "job-1", "video_url": "https://host/a.mp4", "audio_url": "https://host/a.wav"}
 
@@ -61,7 +74,7 @@ def test_a_bad_parameter_is_named(name: str, value: object) -> None:
         parse_params({name: value})
 
 
-def test_parameters_that_are_not_known_are_kept_to_be_told() -> None:
+def test_unknown_parameters_are_kept_for_a_warning() -> None:
     params = parse_params({"face_box": [1, 2, 30, 40.0], "guidance": 3})
     assert params.face_box == (1, 2, 30, 40)
     assert params.ignored == ("guidance",)
@@ -91,36 +104,20 @@ def test_any_json_gives_a_job_or_a_request_error(body: Any) -> None:
         json.dumps(answer, allow_nan=False)
 
 
-def result(**changes: Any) -> JobResult:
-    values: dict[str, Any] = {
-        "job_id": "job-1",
-        "output_url": "http://host/outputs/job-1.mp4",
-        "object_name": "job-1.mp4",
-        "bucket": None,
-        "model": "v15",
-        "stage_times": {"download": 0.4, "validation": 0.1, "preprocessing": 1.0, "inference": 2.0, "upload": 0.3},
-        "total_time_s": 3.8,
-        "gpu_class": None,
-        "peak_gpu_memory_mib": None,
-        "peak_memory_kb": 1000,
-        "video": {"frames": 10},
-    }
-    return JobResult(**{**values, **changes})
-
-
 def test_the_success_body_has_the_legacy_fields() -> None:
-    body: Any = result_body(result())
+    body: Any = result_body(a_result())
     metrics = body["metrics"]
     assert body["status"] == "success"
     assert metrics["GENERATION_TIME_SEC"] == 2.0
     assert metrics["SCRIPT_WALL_TIME_SEC"] == 3.0
     assert metrics["PEAK_VRAM_MIB"] is None
-    assert metrics["gpu_class"] == "unknown"
+    assert metrics["gpu_class"] == "RTX"
+    assert result_body(a_result(gpu_class=None))["metrics"]["gpu_class"] == "unknown"  # type: ignore[index]
     assert set(ALWAYS_REPORTED) <= set(metrics["stage_times"])
 
 
 def test_figures_that_are_not_finite_become_null() -> None:
-    body: Any = result_body(result(peak_gpu_memory_mib=math.nan, total_time_s=math.inf))
+    body: Any = result_body(a_result(peak_gpu_memory_mib=math.nan, total_time_s=math.inf))
     assert body["metrics"]["PEAK_VRAM_MIB"] is None
     json.dumps(body, allow_nan=False)
 
@@ -154,3 +151,26 @@ def test_a_trace_in_an_answer_holds_no_path_and_no_text() -> None:
     assert "token" not in text
     assert "/" not in text
     assert "test_a_trace_in_an_answer" in text
+
+
+def test_the_sidecar_starts_from_the_same_value_as_the_result() -> None:
+    options = RenderOptions(face_box=(1, 2, 30, 40), mask_mode="raw", batch_size=4)
+    job = Job("job-1", "https://host/a.mp4?signature=x", "https://host/a.wav", queue_job_id="q-1")
+    result = a_result(job=job, options=options, peak_memory_kb=7)
+    sidecar: Any = sidecar_body(result.rendered, result.stage_times)
+    body: Any = result_body(result)
+    assert sidecar["peak_ram_kb"] == body["metrics"]["PEAK_RAM_KB"] == 7
+    assert sidecar["script_wall_time_sec"] == body["metrics"]["SCRIPT_WALL_TIME_SEC"] == 3.0
+    assert (sidecar["model"], sidecar["batch_size"], sidecar["queue_job_id"]) == ("v15", 4, "q-1")
+    assert sidecar["params"]["parsing_mode"] == "raw"
+    assert sidecar["params"]["face_box"] == (1, 2, 30, 40)
+    assert "max_gap_frames" not in sidecar["params"]
+    assert "signature" not in json.dumps(sidecar)
+
+
+def test_each_parameter_sets_a_model_option_of_its_type() -> None:
+    """A parameter whose option was renamed would fail in every job that uses it."""
+    options = {item.name for item in fields(RenderOptions)}
+    assert {row.option or name for name, row in PARAMS.items()} <= options
+    assert JobParams(parsing_mode="neck", batch_size=2).chosen() == {"mask_mode": "neck", "batch_size": 2}
+    assert JobParams().chosen() == {}

@@ -9,6 +9,19 @@ import pytest
 
 from worker import lifecycle
 from worker.lifecycle import EXIT_ABORTED, EXIT_RESTART, LAST_WORDS_S, Lifecycle
+from worker.readiness import WorkerStatus
+
+
+class NotedStatus(WorkerStatus):
+    """A status that notes when it drains."""
+
+    def __init__(self, notes: Notes) -> None:
+        super().__init__()
+        self._notes = notes
+
+    def drain(self) -> None:
+        super().drain()
+        self._notes.note("drain")
 
 
 class Notes:
@@ -16,7 +29,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.done: list[Any] = []
-        self.on_lost: Any = None
+        self.status = NotedStatus(self)
         self.changed = threading.Condition()
         self.is_running = True
 
@@ -24,9 +37,6 @@ class Notes:
         with self.changed:
             self.done.append(what)
             self.changed.notify_all()
-
-    def drain(self) -> None:
-        self.note("drain")
 
     def stop(self) -> None:
         self.note("stop claiming")
@@ -97,7 +107,7 @@ def test_an_abort_stops_the_job_and_exits(notes: Notes) -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_lost_core_ends_the_process_in_good_order_or_in_any(notes: Notes) -> None:
     make(notes, 1000)
-    notes.on_lost("the GPU is gone")
+    notes.status.mark_lost("the GPU is gone")
     notes.wait_for("end the process")
     assert "stop claiming" in notes.done
     # Nobody ended it: it is cut off.

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from musetalk.errors import MediaError
-from musetalk_core import Core, Readiness
+from musetalk_core import Core
 from poller import Backoff, Outbox, Poller, Report
-from tests.contract.test_http import a_result
 from tests.support.fake_orchestrator import Answer, FakeOrchestrator, Times
+from tests.support.results import a_result
 from worker.config import load_settings
 from worker.jobs import Job, JobResult
 from worker.orchestrator import OrchestratorSettings
+from worker.readiness import Readiness
 
 JOB = {
     "buffer_job_id": "b-1",

@@ -9,7 +9,7 @@ import pytest
 
 from musetalk.errors import JobCancelledError, MediaError, ShutdownError
 from worker.jobs import STAGES
-from worker.telemetry import JsonFormatter, Metrics, StageClock, job_logging, keep_secret
+from worker.telemetry import JsonFormatter, Metrics, StageClock, job_logging, redact_values
 
 
 def formatted(message: str, **extra: object) -> dict[str, object]:
@@ -74,7 +74,7 @@ def test_an_exception_is_told_with_places_but_without_folders() -> None:
 
 
 def test_signatures_users_and_secrets_are_never_logged() -> None:
-    keep_secret(["very-secret-key", None, ""])
+    redact_values(["very-secret-key", None, ""])
     entry = formatted(
         "fetching https://user:word@host.example/a/b.mp4?X-Signature=abc&x=1#part failed",  # pragma: allowlist secret
         url="https://host.example/c?token=abc",
@@ -91,16 +91,16 @@ def test_metrics_count_ends_by_result_and_stage() -> None:
     clock = StageClock()
     with clock.stage("inference"):
         pass
-    metrics.ended(clock, None, 25)
+    metrics.count_job(clock, None, 25)
     failed = MediaError("broken")
     failed.stage = "download"
-    metrics.ended(clock, failed)
-    metrics.ended(clock, JobCancelledError("the job was cancelled"))
-    metrics.ended(clock, ShutdownError("the worker ends"))
-    metrics.rejected()
-    metrics.built(version="1", model="v15", device="cpu", torch="2")
-    metrics.read("musetalk_heartbeat_age_seconds", "Age.", lambda: 3.5)
-    metrics.read_gpu_memory(lambda: {"used": 5.0})
+    metrics.count_job(clock, failed)
+    metrics.count_job(clock, JobCancelledError("the job was cancelled"))
+    metrics.count_job(clock, ShutdownError("the worker ends"))
+    metrics.count_rejection()
+    metrics.set_build_info(version="1", model="v15", device="cpu", torch="2")
+    metrics.register_gauge("musetalk_heartbeat_age_seconds", "Age.", lambda: 3.5)
+    metrics.register_gpu_memory(lambda: {"used": 5.0})
     text = metrics.text().decode()
     for line in (
         'musetalk_jobs_total{result="succeeded"} 1.0',
@@ -126,5 +126,5 @@ def test_cancelled_and_handed_back_jobs_are_nobodys_error() -> None:
     assert len(before) > 3 * len(STAGES)
     for error in (JobCancelledError("not wanted"), ShutdownError("the worker ends")):
         error.stage = "inference"
-        metrics.ended(StageClock(), error)
+        metrics.count_job(StageClock(), error)
     assert [line for line in metrics.text().decode().splitlines() if "musetalk_job_errors_total" in line] == before

@@ -177,7 +177,7 @@ def _print_summary(output: Path, rendered: Rendered) -> None:
     summary, clock = rendered.summary, rendered.clock
     print(
         f"{output}: {summary.n_frames} frames, {summary.width}x{summary.height}, {float(summary.rate):.3f} fps, "
-        f"{summary.duration_s:.3f} s, model {rendered.model}"
+        f"{summary.duration_s:.3f} s, model {summary.model}"
     )
     print(
         f"source frames {summary.n_source_frames}, without a face {summary.n_without_face}, "

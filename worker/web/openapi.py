@@ -53,9 +53,7 @@ def document(version: str) -> Json:
 
 def job_schema() -> Json:
     """The body of POST /generate."""
-    params: Json = {
-        name: {**param.schema, "description": param.meaning.replace("`", "")} for name, param in PARAMS.items()
-    }
+    params: Json = {name: {**row.schema, "description": row.meaning.replace("`", "")} for name, row in PARAMS.items()}
     address: Json = {"type": "string", "format": "uri", "pattern": "^https?://", "maxLength": MAX_URL_LENGTH}
     return {
         "type": "object",
