@@ -1,7 +1,7 @@
 """Gunicorn: one worker process (one GPU, one set of models), threads so that /hc answers while a job runs.
 
-Every value that Gunicorn would take from its own environment variables (PORT, WEB_CONCURRENCY) is set here. The hooks
-start and stop the claim loop of buffer mode, of which Gunicorn itself knows nothing.
+Every value that Gunicorn would read from its own environment variables (PORT, WEB_CONCURRENCY) is set here. The hooks
+start and stop the claim loop of buffer mode, which Gunicorn knows nothing of.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ wsgi_app = "app:create_app()"
 bind = bind_addresses(_settings.host, _settings.port)
 workers = 1
 worker_class = "gthread"
-# One thread is held by the running job; silent connections hold a thread for up to 5 s each.
+# The running job holds one thread; a silent connection holds another for up to 5 s.
 threads = 16
-# Sign of life of the process, not a limit on requests (gthread): loading and compiling may hold the interpreter.
+# Watchdog of the process, not a limit on requests (gthread): loading and compiling may hold the interpreter.
 timeout = 300
 graceful_timeout = int(_settings.graceful_timeout_s)
 keepalive = 5
-# Importing the app in the parent would put CUDA on the wrong side of the fork.
+# Importing the app in the parent would initialise CUDA before the fork, which CUDA does not survive.
 preload_app = False
 # The control socket lets anyone with this user id stop the server.
 control_socket_disable = True
 accesslog = None
 errorlog = "-"
 loglevel = "info"
-# Gunicorn's own lines in the form of ours.
+# Gunicorn logs in the same JSON format.
 logconfig_dict = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -53,12 +53,12 @@ logconfig_dict = {
     "loggers": {"gunicorn.error": {"level": "INFO", "handlers": ["stdout"], "propagate": False}},
 }
 
-# The parent tells the worker with this one that a second SIGTERM came.
+# The parent sends this to the worker after a second SIGTERM.
 _ABORT = signal.SIGUSR2
 
 
 def when_ready(server: Any) -> None:
-    """In the parent, with its signal handlers in place: a second SIGTERM, which Gunicorn ignores, means abort."""
+    """In the parent, after its signal handlers: make a second SIGTERM, which Gunicorn ignores, an abort."""
     previous = signal.getsignal(signal.SIGTERM)
     n_signals = 0
 
@@ -77,7 +77,7 @@ def when_ready(server: Any) -> None:
 
 def post_fork(_server: Any, _worker: Any) -> None:
     """In the worker process, before the app is imported: start the claim loop in buffer mode."""
-    # Until Gunicorn sets the worker's own handlers the parent's would take the signal here and do nothing with it.
+    # Until Gunicorn installs the worker's handlers, those of the parent would swallow the signal here.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not _settings.is_buffer_mode:
         return
@@ -100,7 +100,7 @@ def post_fork(_server: Any, _worker: Any) -> None:
 
 
 def post_worker_init(_worker: Any) -> None:
-    """Stop claiming with the first SIGTERM; Gunicorn calls worker_exit only when no request is left."""
+    """Stop claiming at the first SIGTERM; Gunicorn calls worker_exit only when no request is left."""
     from musetalk_core import shared_core
     from poller import running
     from worker.lifecycle import Lifecycle
@@ -110,16 +110,16 @@ def post_worker_init(_worker: Any) -> None:
     previous = signal.getsignal(signal.SIGTERM)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        lifecycle.say("stop")
+        lifecycle.request("stop")
         if callable(previous):
             previous(number, frame)
 
     signal.signal(signal.SIGTERM, stop)
-    signal.signal(_ABORT, lambda _number, _frame: lifecycle.say("abort"))
+    signal.signal(_ABORT, lambda _number, _frame: lifecycle.request("abort"))
 
 
 def worker_exit(_server: Any, _worker: Any) -> None:
-    """Let the claim loop end: its running job is stopped in time by the lifecycle, its last report goes out here."""
+    """Wait for the claim loop: the lifecycle stops its running job in time, its last report is sent here."""
     from poller import running
 
     loop = running()

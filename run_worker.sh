@@ -4,7 +4,7 @@
 #   WORKER_PORT=8000 ./run_worker.sh
 #   ./run_worker.sh --demo      starts it, has it make the demo video, prints where that is, ends
 # In queue mode, where Salad's binary is found, it is started beside the server once /hc says ready, and both end
-# together; the server first, because the binary throws the running job away when it is told to stop.
+# together; the server first, because the binary drops the running job on SIGTERM.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

@@ -132,7 +132,7 @@ def measure(
 
 
 def profile(models: Models, batch: int) -> str:
-    """The operations that take longest on the device, as torch's profiler tells them."""
+    """The operations that take longest on the device, as measured by torch's profiler."""
     latents, windows = inputs(models, batch)
     activities = [torch.profiler.ProfilerActivity.CPU]
     on_gpu = models.device.type == "cuda"

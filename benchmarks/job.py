@@ -106,7 +106,7 @@ def run(core: Core, size: str, audio_s: float, kind: str, files: tuple[Path, Pat
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(models.device)
     before = memory("VmRSS")
-    # The kernel's high-water mark starts anew, so that each job tells its own.
+    # Reset the kernel's high-water mark, so that each job reports its own.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     box = (*centred_box(*FRAME_SIZES[size]),) if size in FRAME_SIZES else None
     params = JobParams(face_box=box)
@@ -128,7 +128,7 @@ def run(core: Core, size: str, audio_s: float, kind: str, files: tuple[Path, Pat
     )
 
 
-def run_all(core: Core, given: argparse.Namespace, folder: Path, tell: Callable[[Outcome], None]) -> None:
+def run_all(core: Core, given: argparse.Namespace, folder: Path, report: Callable[[Outcome], None]) -> None:
     """Every size and length, three jobs each; each cold source is another one."""
     for size in given.sizes.split(","):
         frame, face = FRAME_SIZES[size]
@@ -153,18 +153,18 @@ def run_all(core: Core, given: argparse.Namespace, folder: Path, tell: Callable[
             ):
                 if kind not in given.jobs.split(","):
                     continue
-                tell(run(core, size, audio_s, kind, (source, speech, output)))
+                report(run(core, size, audio_s, kind, (source, speech, output)))
                 output.unlink()
             for source in sources:
                 source.unlink()
 
 
-def run_demo_pair(core: Core, folder: Path, tell: Callable[[Outcome], None]) -> None:
+def run_demo_pair(core: Core, folder: Path, report: Callable[[Outcome], None]) -> None:
     """The clip and the sentence that come with the project, with faces looked for: as a first-time user runs them."""
     media_dir = ROOT / "demo/media"
     for kind in ("cold", "repeat"):
         files = (media_dir / "avatar.mp4", media_dir / "speech.flac", folder / "output.mp4")
-        tell(run(core, "demo", 0, kind, files))
+        report(run(core, "demo", 0, kind, files))
 
 
 def header() -> str:
@@ -206,7 +206,7 @@ def main() -> None:
     given = parse_arguments()
     outcomes: list[Outcome] = []
 
-    def tell(outcome: Outcome) -> None:
+    def report(outcome: Outcome) -> None:
         outcomes.append(outcome)
         print(row(outcome), flush=True)
 
@@ -216,9 +216,9 @@ def main() -> None:
         print(f"{given.model}, {models.dtype}, {models.device}, batch {core.engine.batch_size}")
         print(header())
         if given.demo_pair:
-            run_demo_pair(core, Path(name), tell)
+            run_demo_pair(core, Path(name), report)
         else:
-            run_all(core, given, Path(name), tell)
+            run_all(core, given, Path(name), report)
         if core.engine.avatars is not None:
             core.engine.avatars.flush()
     if given.json:

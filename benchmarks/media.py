@@ -4,7 +4,7 @@
     .venv/bin/python -m benchmarks.media --clip FILE --audio FILE [--face-box X0,Y0,X1,Y1]
 
 Ours streams: decode, crop and mask once per source frame, paste in the planes, one x264 encode with the sound in it.
-The original's order, written anew for this comparison: all source frames to PNG, all of them read into memory, the mask
+The original's order, rewritten for this comparison: all source frames to PNG, all of them read into memory, the mask
 built and the whole picture blended by Pillow for each output frame, PNG again, x264, and a second x264 pass that adds
 the sound. Both sides get a constant parse map and eight canned patches for the networks, and turn the parse map into a
 mask with the same function, ours once per source frame, the other once per output frame as the original does.

@@ -71,7 +71,7 @@ class NoFaces:
 
 
 def arguments_for(description: str, model: Size) -> argparse.ArgumentParser:
-    """A command line with what every benchmark of networks is told: which ones, where, and where the numbers go."""
+    """A command line with the options of every benchmark of networks: which ones, on which device, output file."""
     parser = argparse.ArgumentParser(description=description.split("\n", 1)[0])
     parser.add_argument("--model", choices=SIZES, default=model)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

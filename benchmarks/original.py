@@ -1,4 +1,4 @@
-"""The steps of the original scripts' order of work, written anew: PNG files, Pillow on whole pictures, two encodes."""
+"""The steps of the original scripts' order of work, rewritten: PNG files, Pillow on whole pictures, two encodes."""
 
 from __future__ import annotations
 

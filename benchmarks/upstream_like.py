@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.upstream_like [--model tiny|demo|full] [--sizes 720p] [--seconds 4] [--rounds 3]
         [--source-seconds 2] [--batch 8] [--dtype float32] [--json FILE]
 
-The upstream procedure, written anew from its description: all source frames to PNG, all read into memory; each frame's
+The upstream procedure, rewritten from its description: all source frames to PNG, all read into memory; each frame's
 crop encoded alone, the masked half and the whole after each other; frames and latents doubled back to front; UNet and
 decoder in batches, waiting for each; then for each output frame the whole picture copied, the face parsed, the mask
 made, blended by Pillow and written as PNG; two x264 passes. Both sides have their networks loaded and have run them
@@ -196,7 +196,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="of both sides")
     parser.add_argument("--sizes", default="720p,1080p")
     parser.add_argument("--seconds", type=float, default=4, help="length of the speech")
-    parser.add_argument("--source-seconds", type=float, default=2, help="length of the source, which goes to and fro")
+    parser.add_argument(
+        "--source-seconds", type=float, default=2, help="length of the source, which plays back and forth"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     for hidden in ("--side", "--folder", "--source", "--audio", "--box"):

@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--human", type=Path, help="a human recording")
     parser.add_argument("--faces", type=Path, nargs="*", default=[], help="photos or videos to look at")
     parser.add_argument("--strangers", type=int, default=0, help="that many drawn people besides the avatar")
-    parser.add_argument("--make-held-out", action="store_true", help="speak the held-out sentences anew")
+    parser.add_argument("--make-held-out", action="store_true", help="speak the held-out sentences again")
     given = parser.parse_args()
     if given.make_held_out:
         make_held_out()

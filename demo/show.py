@@ -25,7 +25,7 @@ START_LIMIT_S = 180
 
 
 class Progress:
-    """Stands where the orchestrator would be and shows the progress it is told."""
+    """Take the orchestrator's place and show the progress it receives."""
 
     def __init__(self, bar: tqdm[Any]) -> None:
         self._bar = bar

@@ -100,7 +100,7 @@ class Jobs:
         return [{**dict(row), "silent_s": round(now - row["seen"], 1)} for row in rows]
 
     def heard(self, worker: str, status: str, gpu_class: str | None, error: str | None) -> list[str]:
-        """A heartbeat; returns the jobs of this worker that are wanted no more."""
+        """Record a heartbeat; return the cancelled jobs of this worker."""
         with self._transaction() as database:
             database.execute(
                 "INSERT INTO workers (id, seen, status, gpu_class, error) VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) "
@@ -214,7 +214,7 @@ def create_app(folder: Path, key: str) -> Flask:
         return None if hmac.compare_digest(given, key.encode()) else (jsonify({"detail": "wrong key"}), 401)
 
     @app.errorhandler(HTTPException)
-    def told(error: HTTPException) -> tuple[Response, int]:
+    def answer_http_error(error: HTTPException) -> tuple[Response, int]:
         return jsonify({"detail": error.name}), error.code or 500
 
     def body() -> dict[str, Any]:

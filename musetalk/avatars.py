@@ -2,7 +2,7 @@
 
 A key names the source's bytes, the networks and every choice that changes a pixel, so an entry is right or absent.
 Frames themselves are not kept: decoding them again is cheap and runs beside the networks. On disk an avatar is one
-safetensors file, written whole or not at all, checked when it is read; a broken one is removed and prepared anew.
+safetensors file, written whole or not at all, checked when it is read; a broken one is removed and prepared again.
 Knows arrays and files, no networks.
 """
 
@@ -203,7 +203,7 @@ def write_avatar(path: Path, avatar: Avatar) -> int:
         try:
             save_file({**tensors, "checksum": _checksum(tensors)}, unfinished)
         except SafetensorError as error:
-            # The library tells a full disk in words of its own.
+            # The library reports a full disk in an error of its own.
             raise OSError(str(error)) from None
         os.chmod(unfinished, 0o600)
         with unfinished.open("rb") as written:
@@ -275,7 +275,7 @@ class AvatarCache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            logger.warning("a kept avatar is broken and is prepared anew", extra={"reason": str(error)[:200]})
+            logger.warning("stored avatar broken; preparing again", extra={"reason": str(error)[:200]})
             with contextlib.suppress(OSError):
                 path.unlink()
             return None

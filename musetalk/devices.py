@@ -179,7 +179,7 @@ def try_out(device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start counting the peak of GPU memory anew."""
+    """Reset the peak of GPU memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

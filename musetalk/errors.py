@@ -12,7 +12,7 @@
     │   ├── OutOfMemoryError  the GPU ran out of memory, also at the smallest batch
     │   ├── StorageError      the finished file could not be stored
     │   ├── DeadlineError     a time limit passed
-    │   ├── CancelledError    the job was told to stop
+    │   ├── CancelledError    the job was stopped
     │   │   ├── JobCancelledError  by its caller: 409, nobody retries
     │   │   └── ShutdownError      because the worker ends: 503
     │   ├── GpuLostError      the GPU needs a new process
@@ -99,7 +99,7 @@ class DeadlineError(ProcessingError):
 
 
 class CancelledError(ProcessingError):
-    """The job was told to stop before it was done."""
+    """The job was stopped before it was finished."""
 
 
 class JobCancelledError(CancelledError):

@@ -3,8 +3,8 @@
 The one module that reaches the network for the model. The requests are made through huggingface_hub, which brings the
 mirror (HF_ENDPOINT), the login (HF_TOKEN), HF_HUB_OFFLINE and an HTTP client; the one file that the hub does not hold
 goes through the same client, so there is one way that resumes and checks. The hub's own download function is not used:
-it begins each file anew in every process, and an interrupted 3.4 GB should go on. No message holds an address, whose
-query may be a signature, or a token.
+it starts each file again in every process, and an interrupted download of 3.4 GB should resume. No message contains a
+token, or an address, whose query may be a signature.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a fetch is: bytes of all files, and which of them comes in; `n_total` grows where a size is not told."""
+    """Progress of a fetch: bytes of all files and the current file; `n_total` grows where a size is unknown."""
 
     name: str
     n_done: int
@@ -69,34 +69,34 @@ class Progress:
         return self.n_done * 100 // self.n_total if self.n_total else 0
 
 
-def every(n_percent: int, tell: Callable[[Progress], None]) -> Callable[[Progress], None]:
-    """What calls `tell` once per so many percent of a fetch, for those who want lines and not a bar."""
-    told = 0
+def every(n_percent: int, report: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """Wrap `report` so that it is called once per `n_percent` of a fetch, for lines of text instead of a bar."""
+    reported = 0
 
     def show(progress: Progress) -> None:
-        nonlocal told
-        if progress.percent >= told + n_percent:
-            told = progress.percent
-            tell(progress)
+        nonlocal reported
+        if progress.percent >= reported + n_percent:
+            reported = progress.percent
+            report(progress)
 
     return show
 
 
-def _tell_nobody(_told: object) -> None:
+def _ignore(_message: object) -> None:
     """News nobody asked for."""
 
 
 @dataclass(frozen=True)
 class Watcher:
-    """Who is told: `say` gets sentences for a log, `on_progress` every block that came in."""
+    """Observer of a fetch: `say` gets sentences for a log, `on_progress` every received block."""
 
-    say: Callable[[str], None] = _tell_nobody
-    on_progress: Callable[[Progress], None] = _tell_nobody
+    say: Callable[[str], None] = _ignore
+    on_progress: Callable[[Progress], None] = _ignore
 
 
 @dataclass(frozen=True)
 class _Remote:
-    """A file as its host describes it: `sha256` and `git_sha1` (of a small file in git) where the hub tells them."""
+    """A file as its host describes it: `sha256` and `git_sha1` (of a small file in git) where the hub states them."""
 
     entry: WeightFile
     url: str
@@ -131,7 +131,7 @@ def fetch(
     """Bring the files of `version` that are not in `models_dir` and return their names; no request if none is missing.
 
     A file appears under its name only when its size and SHA-256 are right; an unfinished one stays beside it and is
-    gone on with by the next call. `endpoint` is another hub than HF_ENDPOINT's, `pause` waits so many seconds.
+    resumed by the next call. `endpoint` is another hub than HF_ENDPOINT's, `pause` waits so many seconds.
     Raises WeightsError that names the file: not to be had, of a wrong size or sum, cut again and again, a full disk.
     """
     watcher = watcher or Watcher()
@@ -161,12 +161,12 @@ def _fetch_all(
         size = in_words(remote.n_bytes) if remote.n_bytes is not None else "size unknown"
         watcher.say(f"fetching {entry.name} ({size}) from {entry.source}")
 
-        def tell(
+        def report(
             n: int, name: str = entry.name, before: int = n_done, total: int = n_total, late: int = n_late
         ) -> None:
             watcher.on_progress(Progress(name, before + n, total + late * n))
 
-        recorded = _Download(models_dir, remote, tell, pause).run()
+        recorded = _Download(models_dir, remote, report, pause).run()
         # After each file: what is there stays known if the next one fails.
         write_record(models_dir, {**read_record(models_dir), entry.name: recorded})
         n_done += recorded.n_bytes
@@ -261,7 +261,7 @@ def _check_room(models_dir: Path, remotes: Sequence[_Remote], room_for_conversio
 def _describe_all(
     entries: Sequence[WeightFile], endpoint: str | None, say: Callable[[str], None], pause: Callable[[float], None]
 ) -> list[_Remote]:
-    """Ask for all before anything large is fetched, so that a refusal is told at once."""
+    """Ask for all before anything large is fetched, so that a refusal is reported at once."""
     remotes: list[_Remote] = []
     for entry in entries:
         try:
@@ -286,7 +286,7 @@ def _patiently(entry: WeightFile, endpoint: str | None, pause: Callable[[float],
 
 def _describe(entry: WeightFile, endpoint: str | None) -> _Remote:
     """Ask for size and sum of a file without its content."""
-    with _told(entry):
+    with _named_errors(entry):
         return _describe_on_hub(entry, endpoint) if entry.repo else _describe_elsewhere(entry)
 
 
@@ -335,7 +335,7 @@ _PLAIN_HEADERS: Mapping[str, str] = {"Accept-Encoding": "identity"}
 
 
 def _tag(etag: str) -> str:
-    """A short name for one version of a file, so that a part of another version is not gone on with."""
+    """A short name for one version of a file, so that a part of another version is not resumed."""
     return hashlib.sha256(etag.encode()).hexdigest()[:12] if etag else "any"
 
 
@@ -368,7 +368,7 @@ def _refusal(entry: WeightFile, status: int) -> Exception:
 
 
 @contextlib.contextmanager
-def _told(entry: WeightFile) -> Iterator[None]:
+def _named_errors(entry: WeightFile) -> Iterator[None]:
     """What the HTTP client raises becomes a fault or a WeightsError; its texts hold addresses and are not passed on."""
     try:
         yield
@@ -389,8 +389,8 @@ def _client_errors() -> tuple[type[Exception], ...]:
 
 def _gave_up(entry: WeightFile, fault: _FaultError) -> WeightsError:
     return WeightsError(
-        f"{entry.name} could not be fetched from {entry.source}: {fault}, {TRIES} tries in a row; what came is kept "
-        "and gone on with next time",
+        f"{entry.name} could not be fetched from {entry.source}: {fault}, {TRIES} tries in a row; received bytes are kept "
+        "and resumed next time",
         file=entry.name,
         retryable=True,
     )
@@ -423,7 +423,7 @@ class _Part:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What could not be written was told when it was tried.
+        # The failed write has been reported already.
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -480,11 +480,11 @@ class _Download:
     """One file from its host to its place."""
 
     def __init__(
-        self, models_dir: Path, remote: _Remote, tell: Callable[[int], None], pause: Callable[[float], None]
+        self, models_dir: Path, remote: _Remote, report: Callable[[int], None], pause: Callable[[float], None]
     ) -> None:
         self._destination = models_dir / remote.entry.name
         self._part_path = remote.part_path(models_dir)
-        self._remote, self._tell, self._pause = remote, tell, pause
+        self._remote, self._report, self._pause = remote, report, pause
 
     def run(self) -> Recorded:
         """Receive, check, move; raises WeightsError."""
@@ -536,13 +536,13 @@ class _Download:
         if n_total is not None and part.n_bytes > n_total:
             part.restart()
         if n_total is not None and part.n_bytes == n_total:
-            self._tell(part.n_bytes)
+            self._report(part.n_bytes)
             return
         headers = {**remote.headers, **_PLAIN_HEADERS}
         if part.n_bytes:
             headers["Range"] = f"bytes={part.n_bytes}-"
         with (
-            _told(remote.entry),
+            _named_errors(remote.entry),
             get_session().stream("GET", remote.url, headers=headers, timeout=IDLE_S, follow_redirects=True) as answer,
         ):
             self._begin(part, answer)
@@ -556,7 +556,7 @@ class _Download:
                         file=remote.entry.name,
                     )
                 part.write(block)
-                self._tell(part.n_bytes)
+                self._report(part.n_bytes)
         if n_total is not None and part.n_bytes < n_total:
             raise _FaultError(f"the connection ended after {part.n_bytes:,} of {n_total:,} bytes")
 

@@ -44,7 +44,7 @@ def crop_patch(frame: UInt8Array, box: Box, size_px: int) -> UInt8Array:
 
 @cache
 def positional_encoding(n_tokens: int, d_model: int) -> Tensor:
-    """The sine/cosine table that tells audio tokens apart, float32 (n_tokens, d_model); shared, so not to be written.
+    """The sine/cosine table that distinguishes audio tokens, float32 (n_tokens, d_model); shared, so not to be written.
 
     sin on even, cos on odd channels, base 10000 (docs/model.md#positional-encoding; Vaswani et al. 2017, "Attention
     Is All You Need", section 3.5).
@@ -382,7 +382,7 @@ def load_vae(folder: Path) -> AutoencoderKL:
     """
     names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     path = weights.find_weights(folder, names)
-    # Read once by our own loader, so that a broken file is told in our words; diffusers then gets the same tensors.
+    # Read once by our own loader, so that a broken file gets our error text; diffusers then gets the same tensors.
     state = weights.read_state(path)
     config = weights.read_config(folder / "config.json")
     name = f"{folder.name}/{path.name}"

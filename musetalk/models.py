@@ -45,7 +45,7 @@ class Models:
 def find_version(models_dir: Path, demo_dir: Path | None = None) -> tuple[weights.ModelVersion, Path]:
     """The newest official version whose files are all in `models_dir`, else the demo in `demo_dir`; and its folder.
 
-    The demo is taken only when no official file is there at all: a folder that lacks some is a mistake to be told.
+    The demo is used only when no official file exists at all: a folder that lacks some is a mistake to report.
     Raises WeightsError with what v1.5 lacks.
     """
     first_error: WeightsError | None = None

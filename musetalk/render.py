@@ -1,7 +1,7 @@
 """One video, from local files to a local file: probe, prepare, generate, finish; streaming from decoder to encoder.
 
 Two passes over the source. The first finds the faces of every frame the audio's length reaches, so that gaps can be
-filled, a missing face is told before anything is generated, and the output's crop is fixed for the clip. The second
+filled, a missing face is reported before anything is generated, and the output's crop is fixed for the clip. The second
 decodes again, prepares each picture once, generates and pastes. With a given face box the first pass is not needed.
 Knows nothing of jobs, HTTP or the environment.
 """
@@ -239,7 +239,7 @@ class RenderSession:
         duration = float(self.n_frames / self._source.rate)
         if not 0 <= time_s <= duration:
             raise RequestError(f"the preview's time must be from 0 to {duration:.3f} s", field="preview_s")
-        # Times are told in milliseconds: the one a frame begins at, rounded, means this frame and not the one before.
+        # Times are reported in milliseconds: the rounded start of a frame must mean this frame and not the one before.
         return min(int((Fraction(time_s) + Fraction(1, 2000)) * self._source.rate), self.n_frames - 1)
 
     def _check_length(self) -> None:

@@ -59,7 +59,7 @@ def _absent(models_dir: Path, entry: WeightFile) -> Finding:
         return Finding(entry.name, "absent", f"not needed: {entry.purpose}")
     path = models_dir / entry.name
     parts = [part.stat().st_size for part in path.parent.glob(f".{path.name}.*.part")]
-    begun = f"; {in_words(parts[0])} of it came, fetch goes on with them" if parts else ""
+    begun = f"; {in_words(parts[0])} of it arrived; fetch resumes there" if parts else ""
     return Finding(entry.name, "missing", f"expected {weights.expected(entry)}{begun}")
 
 
@@ -102,7 +102,7 @@ def _opened(path: Path, name: str) -> Finding:
 
 
 def _what_else(path: Path) -> str:
-    """What a wrong file is, where that can be told."""
+    """The kind of a wrong file, where it can be recognised."""
     try:
         weights.refuse_what_is_no_checkpoint(path)
     except WeightsError as error:

@@ -23,13 +23,13 @@ REFUSED: dict[str, str] = {
     r"blot(?:s|ted)? out": "redacted",
     r"wants? no more|wanted no more": "cancelled",
     r"at (?:each|every) look": "on every check, on every scrape",
-    r"far sides?|far_sides?": "peer, server, orchestrator",
+    r"far sides?": "peer, server, orchestrator",
     r"(?:brings?|brought) (?:\w+ ){1,3}down": "crashes",
 }
-# This file holds the phrases; its test holds examples of them.
-EXEMPT = {"tests/language.py", "tests/test_language.py"}
+# The phrases themselves, examples of them, and a list of words that the demo voice says.
+EXEMPT = {"tests/language.py", "tests/test_language.py", "demo/speech.py"}
 SUFFIXES = {".py", ".sh", ".md", ".html", ".js", ".css", ".toml", ".txt", ".in", ".example", ".worker", ".yml", ".yaml"}
-_GAP = r"(?:[ \t]+|[ \t]*\n[ \t]*(?:#+|//|\*|>)?[ \t]*)"
+_GAP = r"(?:_|[ \t]+|[ \t]*\n[ \t]*(?:#+|//|\*|>)?[ \t]*)"
 _PATTERNS = [
     (re.compile(rf"(?<![A-Za-z])(?:{phrase.replace(' ', _GAP)})(?![A-Za-z])", re.IGNORECASE), instead)
     for phrase, instead in REFUSED.items()

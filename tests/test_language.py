@@ -23,6 +23,7 @@ from tests.language import REFUSED, findings
         "a gauge read at each look",
         "the far side is down",
         "def far_side() -> None:",
+        "def test_a_fetch_is_gone_on_with() -> None:",
         "a file that brings the decoder down",
     ],
 )

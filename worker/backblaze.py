@@ -2,7 +2,7 @@
 
 b2sdk renews authorizations, splits large files into parts and resumes them, but gives up on a burst of 503 within
 milliseconds and has no limit on the whole. Around it stand: a back-off of ours with a new upload URL for each try, and
-a deadline. The upload runs in a thread of its own; when the deadline passes or the job is told to stop, its sockets
+a deadline. The upload runs in a thread of its own; when the deadline passes or the job is to stop, its sockets
 are shut and its next call of any kind is refused, so it ends by itself within a moment, while the caller goes on at
 once.
 """
@@ -318,7 +318,7 @@ class B2Store:
         return f"{url}?Authorization={quote(token, safe='')}"
 
     def _ask_whether_private(self, line: _Line, url: str) -> bool:
-        """A key restricted to a bucket is told its name but not its type: ask for it, or see who may read it."""
+        """Ask for the bucket's type; a key that may not see it leaves the test whether strangers can read."""
         with contextlib.suppress(Unauthorized):
             return any(bucket.type_ == "allPrivate" for bucket in line.api.list_buckets(self.settings.bucket))
         return line.session.request("HEAD", url).status_code in {401, 403}

@@ -1,7 +1,7 @@
-"""How the serving process ends: what a signal means, who stops the job and when, and when the process ends itself.
+"""Shutdown of the serving process: the meaning of each signal, when the running job is stopped, how the process ends.
 
-Signals arrive in the main thread between any two instructions, so their handlers only put a word into a queue; a thread
-does what follows. Knows the core and the poller, nothing of Flask or Gunicorn.
+A signal arrives in the main thread between any two instructions, so its handler only puts a command into a queue; a
+thread does the rest. Knows the core and the poller through small protocols, nothing of Flask or Gunicorn.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from worker.job_control import StopReason
 from worker.readiness import WorkerStatus
 from worker.telemetry import logger
 
-Word = Literal["stop", "abort", "restart"]
+Command = Literal["stop", "abort", "restart"]
 
-# Left for the last reports after the running job was told to stop, before the process is killed.
-LAST_WORDS_S = 10.0
-# An abort is over within two seconds: a job looks at its flag between chunks, and this is all that it gets.
+# Time for the last reports between the stop of the running job and the end of the process.
+LAST_REPORTS_S = 10.0
+# An abort ends within two seconds: the job checks its flag between chunks and gets no more time than this.
 ABORT_S = 1.5
-# A process that cannot go on gets so long to answer and report before it is cut off.
+# Time for a process that cannot continue to answer and report before it is cut off.
 RESTART_S = 30.0
 EXIT_ABORTED = 1
 EXIT_RESTART = 70  # EX_SOFTWARE
@@ -42,18 +42,18 @@ class JobOwner(Protocol):
 
 
 class Stoppable(Protocol):
-    """The claim loop, as far as its end goes."""
+    """The claim loop, as far as shutdown concerns it."""
 
     def stop(self) -> None:
-        """Claim no more."""
+        """Claim no further job."""
 
 
 class Lifecycle(threading.Thread):
-    """Waits for the words that end the process.
+    """The thread that runs the commands which end the process.
 
-    `stop`: take no further job; the running one has `graceful_s` less the time for last reports, then it is stopped.
-    `abort`: it is stopped now and the process ends within two seconds. `restart`: as `stop`, but the process ends
-    itself, so that a new one takes its place.
+    `stop`: accept no further job; the running one has `graceful_s` less the time for last reports, then it is stopped.
+    `abort`: stop it now and end the process within two seconds. `restart`: as `stop`, but the process ends itself, so
+    that a new one replaces it.
     """
 
     def __init__(
@@ -69,33 +69,33 @@ class Lifecycle(threading.Thread):
         self._core, self._claim_loop, self._graceful_s = core, claim_loop, graceful_s
         self._exit_now, self._end_process = exit_now, end_process
         # SimpleQueue.put may be interrupted by another put in the same thread, as a handler is by a second signal.
-        self._words: queue.SimpleQueue[Word] = queue.SimpleQueue()
-        core.status.on_lost = lambda _reason: self.say("restart")
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        core.status.on_lost = lambda _reason: self.request("restart")
 
-    def say(self, word: Word) -> None:
-        """Hand over a word; may be called by a signal's handler."""
-        if word != "restart":
+    def request(self, command: Command) -> None:
+        """Queue a command; may be called by a signal handler."""
+        if command != "restart":
             self._core.status.drain()
-        self._words.put(word)
+        self._commands.put(command)
 
     def run(self) -> None:
-        """Do what the words say; the process ends by Gunicorn's hand, by an abort's, or by its own."""
-        word = self._words.get()
-        # Of a short time the job gets half.
-        ends = time.monotonic() + self._graceful_s - min(LAST_WORDS_S, self._graceful_s / 2)
+        """Run the commands; the process is ended by Gunicorn, by an abort, or by itself."""
+        command = self._commands.get()
+        # If the time is short, the job gets half of it.
+        ends = time.monotonic() + self._graceful_s - min(LAST_REPORTS_S, self._graceful_s / 2)
         self._core.status.drain()
         if (loop := self._claim_loop()) is not None:
             loop.stop()
-        if word == "restart":
+        if command == "restart":
             self._restart()
-        while word != "abort":
+        while command != "abort":
             try:
-                word = self._words.get(timeout=max(0.0, ends - time.monotonic()))
+                command = self._commands.get(timeout=max(0.0, ends - time.monotonic()))
             except queue.Empty:
                 if self._core.stop_running("shutdown"):
-                    logger.warning("the running job does not end in time and is handed back")
-                word = self._words.get()
-            if word == "restart":
+                    logger.warning("running job stopped for shutdown")
+                command = self._commands.get()
+            if command == "restart":
                 self._restart()
         self._core.stop_running("shutdown")
         logger.warning("aborting")
@@ -103,7 +103,7 @@ class Lifecycle(threading.Thread):
         self._exit_now(EXIT_ABORTED)
 
     def _restart(self) -> None:
-        """End this process in good order, or after a while in any."""
+        """End this process in order; after RESTART_S, end it anyway."""
         self._core.stop_running("shutdown")
         timer = threading.Timer(RESTART_S, self._exit_now, (EXIT_RESTART,))
         timer.daemon = True

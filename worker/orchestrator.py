@@ -1,7 +1,7 @@
-"""The orchestrator's routes and wire names: heartbeat, claim, end of a job, progress (protocol sections 5 and 6).
+"""The orchestrator's routes and wire names: heartbeat, claim, outcome of a job, progress.
 
-Every call has a limit on the whole of it, follows no redirect with the key attached, and comes back as a `Reply`, never
-as an exception: an orchestrator that is down is weather, not an error of ours. Knows nothing of the core.
+Every call has a limit on its total time, follows no redirect (the key would travel along), and returns a `Reply`,
+never an exception: an orchestrator that is down is an everyday event. Knows nothing of the core.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Status = Literal["idle", "busy"]
 _MAX_REPLY_BYTES = 1_000_000
 _MAX_ERROR_CHARACTERS = 2000
 
-# Stages in the orchestrator's words, and where each starts on its scale from 0 to 1.
+# Stage -> the orchestrator's phase, and the progress (0 to 1) at which it starts.
 _PHASES: dict[Stage, tuple[str, float]] = {
     "download": ("downloading", 0.05),
     "validation": ("preparing", 0.06),
@@ -42,7 +42,7 @@ _INFERENCE_SHARE = 0.8
 
 @dataclass(frozen=True)
 class OrchestratorSettings:
-    """Where the orchestrator is and who calls; the key is kept out of `repr`. Times in seconds."""
+    """Addresses of the orchestrator and identity of the caller; `repr` leaves the key out. Times in seconds."""
 
     base_url: str
     buffer_base_url: str
@@ -62,7 +62,7 @@ class OrchestratorSettings:
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of a call: the status and decoded body, or why there is none."""
+    """Result of a call: status and decoded body, or the reason why there is none."""
 
     status: int | None
     body: Any = None
@@ -71,26 +71,26 @@ class Reply:
 
     @property
     def is_accepted(self) -> bool:
-        """Whether the orchestrator took it (any 2xx)."""
+        """Whether the orchestrator accepted it (any 2xx)."""
         return self.status is not None and 200 <= self.status < 300
 
     @property
     def is_unauthorised(self) -> bool:
-        """Whether the key is wrong."""
+        """Whether the key was refused."""
         return self.status in (401, 403)
 
     @property
     def is_final(self) -> bool:
-        """Whether sending the same again is pointless: taken, or no longer wanted."""
+        """Whether a retry is pointless: accepted, or the job is gone or cancelled."""
         return self.is_accepted or self.status in (404, 409, 410)
 
     def describe(self) -> str:
-        """The outcome for a log or a heartbeat's `error`."""
+        """The result in words, for the log or a heartbeat's `error`."""
         return self.problem or (f"HTTP {self.status}" if self.status is not None else "no reply")
 
 
 def orchestrator_settings(settings: Settings) -> OrchestratorSettings:
-    """The part of the settings that the orchestrator's client needs."""
+    """Select the settings that the orchestrator's client needs."""
     return OrchestratorSettings(
         base_url=settings.orchestrator_url,
         buffer_base_url=settings.buffer_orchestrator_url or settings.orchestrator_url,
@@ -104,7 +104,7 @@ def orchestrator_settings(settings: Settings) -> OrchestratorSettings:
 
 
 class Orchestrator:
-    """One worker's calls; each thread that calls should own its instance, since a connection serves one at a time."""
+    """Client of one thread; a connection serves one call at a time, so each calling thread owns an instance."""
 
     def __init__(self, settings: OrchestratorSettings) -> None:
         self.settings = settings
@@ -118,7 +118,7 @@ class Orchestrator:
             self._session.mount(scheme, SwitchedAdapter(self._switch))
 
     def heartbeat(self, status: Status, error: str | None) -> Reply:
-        """Say that this worker is alive and whether it has a job."""
+        """Report that this worker is alive and whether it runs a job."""
         body = {
             "status": status,
             "gpu_class": self.settings.gpu_class,
@@ -135,7 +135,7 @@ class Orchestrator:
         )
 
     def report(self, buffer_job_id: str, body: Mapping[str, object]) -> Reply:
-        """Tell how a claimed job ended; once more with the four known fields when the others are not understood."""
+        """Report the outcome of a claimed job; after a 422, again with only the four original fields."""
         url = f"{self.settings.buffer_base_url}/internal/buffer/jobs/{quote(buffer_job_id, safe='')}/status"
         reply = self._post(url, body)
         known = {name: body.get(name) for name in ("status", "error", "output_url", "metrics")}
@@ -144,7 +144,7 @@ class Orchestrator:
         return reply
 
     def progress(self, job_id: str, update: Mapping[str, object]) -> Reply:
-        """Tell how far a job is; best effort."""
+        """Report the progress of a job; best effort."""
         body = {
             **update,
             "worker_id": self.settings.worker_id,
@@ -158,10 +158,10 @@ class Orchestrator:
         self._session.close()
 
     def _post(self, url: str, body: Mapping[str, object]) -> Reply:
-        """One call, over in `total_timeout_s` whatever the name service or the other side do.
+        """Make one call that ends within `total_timeout_s`, whatever the name service or the server do.
 
-        The time-outs of requests are for each step; a reply that drips in has no end by them. So the call is made in a
-        thread that is waited for, and what it still holds then is cut.
+        The timeouts of requests apply to each step, so a reply that drips in would never end. The call runs in a thread
+        that is waited for; after the limit its connection is cut.
         """
         replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         session, switch = self._session, self._switch
@@ -201,8 +201,8 @@ class Orchestrator:
             return Reply(None, problem="the orchestrator did not answer in time")
         except (requests.RequestException, OSError) as error:
             return Reply(None, problem=f"the orchestrator cannot be reached ({type(error).__name__})")
-        except Exception as error:  # noqa: BLE001 - whoever waits for the reply must get one
-            logger.error("a call to the orchestrator failed", exc_info=error)
+        except Exception as error:  # noqa: BLE001 - the waiting caller must get a reply
+            logger.error("orchestrator call failed", exc_info=error)
             return Reply(None, problem=f"the call failed ({type(error).__name__})")
 
 
@@ -214,7 +214,7 @@ def _decoded(body: bytes) -> Any:
 
 
 class Unreadable:
-    """Stands for a body that is not JSON."""
+    """Marker for a body that is not JSON."""
 
 
 def _seconds(text: str | None) -> float | None:
@@ -226,26 +226,26 @@ def _seconds(text: str | None) -> float | None:
 
 
 def claimed_job(reply: Reply) -> tuple[dict[str, Any] | None, str | None]:
-    """The job in a claim's reply, and what is wrong with the reply (None when there is simply no job)."""
+    """Return the job in a claim's reply and the problem with the reply; (None, None) when there is no job."""
     if not reply.is_accepted:
         return None, reply.describe()
     body = reply.body
     if body is None:
         return None, None
     if not isinstance(body, dict) or "job" not in body:
-        return None, "the claim was answered with something that is no job"
+        return None, "the reply to a claim has no job field"
     job, error = body["job"], body.get("error")
     if job is None:
-        return None, f"the orchestrator says: {str(error)[:200]}" if error else None
+        return None, f"the orchestrator reports: {str(error)[:200]}" if error else None
     if not isinstance(job, dict):
-        return None, "the claimed job is no JSON object"
+        return None, "the claimed job is not a JSON object"
     return job, None
 
 
 def cancelled_jobs(reply: Reply) -> tuple[str, ...]:
-    """Ids of jobs that the orchestrator wants no more, from `"cancel": [ids]` in a reply that was accepted.
+    """Ids of cancelled jobs, from `"cancel": [ids]` in an accepted reply.
 
-    Our proposal: the protocol has no cancel, and an orchestrator that does not know of it sends none.
+    An extension of this worker: an orchestrator that does not know it sends none.
     """
     if not reply.is_accepted or not isinstance(reply.body, dict):
         return ()
@@ -254,13 +254,13 @@ def cancelled_jobs(reply: Reply) -> tuple[str, ...]:
 
 
 def succeeded_report(result: JobResult) -> dict[str, object]:
-    """The end of a job that has a video."""
+    """The outcome of a job with a video."""
     body = result_body(result)
     return {"status": "succeeded", "error": None, "output_url": result.output_url, "metrics": body["metrics"]}
 
 
 def failed_report(body: Mapping[str, object]) -> dict[str, object]:
-    """The end of a job without a video, from the error body; type and stage are in the text for who reads only that."""
+    """The outcome of a job without a video, from the error body; the text repeats type and stage for older readers."""
     text = f"{body['error_type']} at {body['stage']}: {body['error_message']}"
     return {
         "status": "failed",
@@ -275,7 +275,7 @@ def failed_report(body: Mapping[str, object]) -> dict[str, object]:
 
 
 def stage_update(stage: Stage, done: int, total: int) -> dict[str, object]:
-    """A running job's progress: phase, fraction 0..1, and frames during inference."""
+    """Progress of a running job: phase, fraction from 0 to 1, and frames during inference."""
     phase, fraction = _PHASES[stage]
     update: dict[str, object] = {"status": "running", "phase": phase}
     if stage == "inference" and total > 0:
@@ -286,7 +286,7 @@ def stage_update(stage: Stage, done: int, total: int) -> dict[str, object]:
 
 
 def completed_update(result: JobResult) -> dict[str, object]:
-    """The last progress of a job that has a video, with where it lies."""
+    """The last progress of a job with a video, with the place of the video."""
     body = result_body(result)
     metrics = body["metrics"]
     assert isinstance(metrics, dict)
@@ -301,7 +301,7 @@ def completed_update(result: JobResult) -> dict[str, object]:
 
 
 def failed_update(body: Mapping[str, object]) -> dict[str, object]:
-    """The last progress of an attempt without a video; a retryable one is not the job's end, so it stays running."""
+    """The last progress of a failed attempt; if it is retryable, the job is not finished and stays `running`."""
     text = f"{body['error_type']} at {body['stage']}: {body['error_message']}"[:_MAX_ERROR_CHARACTERS]
     if body["retryable"]:
         return {"status": "running", "error": text}
@@ -309,9 +309,9 @@ def failed_update(body: Mapping[str, object]) -> dict[str, object]:
 
 
 class ProgressSender:
-    """Sends one job's progress from a thread of its own: newest wins, never waited for, the last update retried.
+    """Send one job's progress from a thread of its own: the newest wins, nobody waits for it, the last is retried.
 
-    Use in a `with` block around the job; `finish` is called with the last update before the caller is answered.
+    Call `finish` with the last update before the caller is answered.
     """
 
     def __init__(
@@ -323,7 +323,7 @@ class ProgressSender:
         step: float = 0.05,
         on_cancel: Callable[[str], object] = lambda _job_id: None,
     ) -> None:
-        """`on_cancel(id)` is called when the answer to an update names jobs that are wanted no more, or is 410."""
+        """`on_cancel(id)` is called when the reply to an update names cancelled jobs, or is 410."""
         self._orchestrator, self._job_id, self._on_cancel = orchestrator, job_id, on_cancel
         self._interval_s, self._step = interval_s, step
         self._changed = threading.Condition()
@@ -335,7 +335,7 @@ class ProgressSender:
         self._thread.start()
 
     def __call__(self, stage: Stage, done: int, total: int) -> None:
-        """Take note of the progress; returns at once."""
+        """Note the progress and return at once."""
         update = stage_update(stage, done, total)
         fraction = update["progress"]
         assert isinstance(fraction, float)
@@ -349,7 +349,7 @@ class ProgressSender:
             self._changed.notify()
 
     def finish(self, update: Mapping[str, object], *, limit_s: float = 20.0) -> bool:
-        """Send the last update after whatever is under way; tries again until it is taken or `limit_s` is over."""
+        """Send the last update after the call under way; retry until it is accepted or `limit_s` is over."""
         self.close()
         ends = time.monotonic() + limit_s
         pause = 0.5
@@ -357,13 +357,13 @@ class ProgressSender:
             reply = self._orchestrator.progress(self._job_id, update)
             if reply.is_final or reply.is_unauthorised or time.monotonic() + pause > ends:
                 if not reply.is_accepted:
-                    logger.warning("the last progress was not taken", extra={"reason": reply.describe()})
+                    logger.warning("last progress rejected", extra={"reason": reply.describe()})
                 return reply.is_accepted
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
 
     def close(self) -> None:
-        """Stop sending; what waits is dropped. Waits for a call under way, whose time is limited."""
+        """Stop sending and drop what is waiting; wait for the call under way, whose time is limited."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -389,5 +389,5 @@ class ProgressSender:
 
 
 def error_text(error: BaseException) -> str:
-    """What a heartbeat says of the last error."""
+    """The text of an error in a heartbeat."""
     return error.message if isinstance(error, MuseTalkError) else f"unexpected {type(error).__name__}"

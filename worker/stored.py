@@ -40,7 +40,7 @@ class Store(Protocol):
     """Where finished files go."""
 
     def check(self) -> None:
-        """Find out before the first job what would keep every upload from working; tells the rest in the log.
+        """Check before the first job that uploads can work; lesser problems are only logged.
 
         Raises SettingsError when the store refuses what this worker was given (key, bucket, rights). One that cannot be
         reached now may be there when the first video is finished.
@@ -114,7 +114,7 @@ class TimeLimit:
     def check(self) -> None:
         """Raise CancelledError or DeadlineError when it is time to end."""
         if self._should_stop():
-            raise CancelledError("the job was told to stop during the upload")
+            raise CancelledError("the job was stopped during the upload")
         if self.left() <= 0:
             text = f"the upload did not finish within {self._seconds:g} s"
             raise DeadlineError(text + (f": {self.last_fault}" if self.last_fault else ""), limit_s=self._seconds)

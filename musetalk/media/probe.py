@@ -52,7 +52,7 @@ _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT",
 def probe_source(path: Path, limits: MediaLimits) -> SourceInfo:
     """Describe a video, animation or still and decode its first picture, in a limited process.
 
-    Raises MediaError for what is not supported, outside the limits, cannot be decoded or brings the decoder down,
+    Raises MediaError for what is not supported, outside the limits, cannot be decoded or crashes the decoder,
     ProcessingError when the process could not do its work for reasons of the machine.
     """
     plain = _ask("source", path, limits)
@@ -136,7 +136,7 @@ def _crashed(number: int, kind: str) -> Exception:
         return ProcessingError("the process that probes media was stopped from outside")
     if number == getattr(signal, "SIGXCPU", None):
         return MediaError(f"{_WHAT[kind]} takes too much time to read")
-    return MediaError(f"{_WHAT[kind]} cannot be decoded: it brings the decoder down", signal=number)
+    return MediaError(f"{_WHAT[kind]} cannot be decoded: it crashes the decoder", signal=number)
 
 
 def inspect_source(path: Path, limits: MediaLimits) -> SourceInfo:
@@ -193,7 +193,7 @@ def _describe(container: Any, stream: Any, frame: Any, times: PacketTimes | None
     declared = (stream.guessed_rate, stream.base_rate, stream.average_rate, context.framerate)
     source_rate = nominal_rate([*map(as_fraction, declared), average])
     rate = output_rate(source_rate, limits)
-    # AVI counts pictures in the order of the file and tells nothing about their order of presentation.
+    # AVI counts pictures in the order of the file and says nothing about their order of presentation.
     is_unordered = container.format.name == "avi" and context.has_b_frames
     trusts = (times is None or times.is_sound) and not is_unordered
     duration = None

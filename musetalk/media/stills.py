@@ -1,6 +1,6 @@
 """Picture files by Pillow: stills, and animations (GIF, WebP, APNG) frame by frame.
 
-FFmpeg's picture readers are not used: which of them exist differs between releases, and Pillow tells the size before
+FFmpeg's picture readers are not used: which of them exist differs between releases, and Pillow reads the size before
 it decodes. Everything becomes 8-bit BGR over white, upright, with even sides.
 """
 

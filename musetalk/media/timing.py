@@ -141,7 +141,7 @@ class Clock:
 
 
 class PacketStamp(NamedTuple):
-    """Times of one packet, in units of the time base: presentation, decoding, duration (0: not told)."""
+    """Times of one packet, in units of the time base: presentation, decoding, duration (0: unknown)."""
 
     pts: int | None
     dts: int | None

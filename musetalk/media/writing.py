@@ -177,7 +177,7 @@ class VideoWriter:
             raise EncodeError(f"{n_frames} pictures of {width}x{height} px at {rate} a second cannot be encoded")
         try:
             with encoder_errors():
-                # FFmpeg opens the file with the first packet; a folder that is not there is told now.
+                # FFmpeg opens the file with the first packet; so a missing folder is noticed here.
                 self._part.touch(exist_ok=False)
             self._open(settings or EncoderSettings())
             if audio_path is not None:

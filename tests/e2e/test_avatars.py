@@ -26,7 +26,7 @@ class MovingFaces(SomeFaces):
 
 
 class Worker:
-    """A core with its own avatars and the loaded networks of another, which tells what they are asked."""
+    """A core with its own avatars and the loaded networks of another, which counts their calls."""
 
     def __init__(self, loaded: Core, folder: Path, **variables: str) -> None:
         settings = {
@@ -43,7 +43,7 @@ class Worker:
         self.n_encoded = 0
 
     def render(self, source: Path, audio: Path, output: Path, **params: Any) -> Rendered:
-        """A job; the detector's and encoder's counts start anew."""
+        """A job; the detector's and encoder's counts start again."""
         self.faces.seen.clear()
         self.n_encoded = 0
         generator = self.core.engine.models.generator
@@ -118,7 +118,7 @@ def test_a_restarted_worker_still_knows_the_source(
     assert (tmp_path / "warm.mp4").read_bytes() == (tmp_path / "cold.mp4").read_bytes()
 
 
-def test_a_broken_file_is_prepared_anew_and_mended(
+def test_a_broken_file_is_prepared_again_and_replaced(
     start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
 ) -> None:
     start().render(*media_of, tmp_path / "cold.mp4")

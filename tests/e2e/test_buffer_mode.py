@@ -1,4 +1,4 @@
-"""Buffer mode: the real server, a loopback orchestrator, real signals; nothing is lost and nothing told twice."""
+"""Buffer mode: the real server, a loopback orchestrator, real signals; nothing is lost or reported twice."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_jobs_are_claimed_run_and_reported(pair: Pair) -> None:
         assert call.body["output_url"].endswith(".mp4")
         assert call.body["metrics"]["GENERATION_TIME_SEC"] > 0
         assert call.body["metrics"]["gpu_class"] == "RTX 3080 (10 GB)"
-    # Told busy while the job ran, and idle after it.
+    # Heartbeats said busy while the job ran, and idle after it.
     orchestrator.wait_for(lambda: orchestrator.of("heartbeat")[-1].body["status"] == "idle")
     assert any(call.body["status"] == "busy" for call in orchestrator.of("heartbeat"))
     progress = [call.body["progress"] for call in orchestrator.of("progress", "muse 1")]
@@ -173,7 +173,7 @@ def test_answers_that_make_no_sense_are_survived(pair: Pair) -> None:
     assert server.health()[0] == 200
 
 
-def test_the_end_is_told_again_until_it_is_taken(pair: Pair) -> None:
+def test_the_outcome_is_retried_until_accepted(pair: Pair) -> None:
     server, orchestrator = pair
     orchestrator.faults += [
         Times("status", 1, Answer(503, b"busy")),
@@ -258,7 +258,7 @@ def test_a_killed_process_hands_its_job_back_at_the_next_start(
     wait_until_running(orchestrator, 1)
     (worker,) = psutil.Process(server.process.pid).children()
     os.kill(worker.pid, signal.SIGKILL)
-    # Gunicorn starts a new worker, which tells what became of the job and goes on.
+    # Gunicorn starts a new worker, which reports the job as failed and continues.
     orchestrator.wait_for(lambda: orchestrator.of("status", "buffer/1"), limit_s=90)
     body = orchestrator.of("status")[0].body
     assert (body["status"], body["retryable"]) == ("failed", True)
@@ -277,15 +277,15 @@ def test_a_report_that_could_not_be_sent_survives_the_end_of_the_process(
     orchestrator.jobs.append(claimed(server, 1))
     orchestrator.wait_for(lambda: orchestrator.of("status"), limit_s=90)
     assert server.stop() == 0
-    told = orchestrator.of("status")[0].body
+    first = orchestrator.of("status")[0].body
     refused.left = 0
     before = len(orchestrator.of("status"))
     start()
     orchestrator.wait_for(lambda: len(orchestrator.of("status")) > before, limit_s=90)
-    assert orchestrator.of("status")[-1].body == told
+    assert orchestrator.of("status")[-1].body == first
 
 
-def test_missing_settings_of_buffer_mode_are_told_by_health(start: StartServer) -> None:
+def test_health_names_the_missing_settings_of_buffer_mode(start: StartServer) -> None:
     server = start(INTERNAL_API_KEY="")
     body = server.wait_for(503)
     while body["status"] == "starting":
@@ -293,7 +293,7 @@ def test_missing_settings_of_buffer_mode_are_told_by_health(start: StartServer) 
     assert body["reason"] == "buffer mode needs INTERNAL_API_KEY"
 
 
-def test_queue_mode_tells_progress_and_its_end(
+def test_queue_mode_reports_progress_and_outcome(
     tmp_path: Path, start: StartServer, orchestrator: FakeOrchestrator
 ) -> None:
     server = start(BUFFER_WORKER_ID="", WORKER_ID="w-1", CONFIG_LABEL="label")
@@ -316,27 +316,27 @@ def test_queue_mode_tells_progress_and_its_end(
 # -- the orchestrator is not what it should be ------------------------------------------------------------------------
 
 
-def test_an_orchestrator_that_comes_up_late_is_served_and_told_of_once(tmp_path: Path, tiny_models: Path) -> None:
+def test_an_orchestrator_that_starts_late_is_served_and_logged_once(tmp_path: Path, tiny_models: Path) -> None:
     prepare(tmp_path)
     late = FakeOrchestrator()
     server = start_worker(tmp_path, tiny_models, late)
     try:
         server.wait_for(200)
-        wait_until(lambda: server.entries("heartbeats are not accepted"))
+        wait_until(lambda: server.entries("heartbeat rejected"))
         with late:
             late.jobs.append(claimed(server, 1))
             late.wait_for(lambda: late.of("status"), limit_s=90)
             assert late.of("status")[0].body["status"] == "succeeded"
             assert late.calls[0].kind == "heartbeat"
         # One line for each change and not for each try.
-        assert len(server.entries("heartbeats are not accepted")) == 1
-        assert len(server.entries("heartbeats are accepted")) == 1
+        assert len(server.entries("heartbeat rejected")) == 1
+        assert len(server.entries("heartbeat accepted")) == 1
     finally:
         server.stop()
 
 
 def test_an_orchestrator_that_hangs_stretches_neither_heartbeats_nor_the_job(pair: Pair) -> None:
-    """Every progress call and some heartbeats are accepted and never answered while a job runs."""
+    """Every progress call and some heartbeat accepted and never answered while a job runs."""
     server, orchestrator = pair
     released = threading.Event()
 
@@ -370,7 +370,7 @@ def test_an_end_that_nobody_wants_any_more_is_dropped_after_one_line(pair: Pair)
         orchestrator.wait_for(lambda number=number: orchestrator.of("status", f"buffer/{number + 5}"))  # type: ignore[misc]
         assert len(orchestrator.of("status", f"buffer/{number}")) == 1
         orchestrator.faults.clear()
-    assert len(server.entries("the end of a job was not taken and is dropped")) == 2
+    assert len(server.entries("outcome rejected by the orchestrator; dropped")) == 2
 
 
 def test_a_worker_without_weights_never_claims(tmp_path: Path, orchestrator: FakeOrchestrator) -> None:

@@ -411,7 +411,7 @@ def test_a_wrong_checksum_is_tried_again(host: MediaHost, tmp_path: Path) -> Non
     assert "checksum" in str(fail(host.serve("/y", Answer(body=BODY[:5])), tmp_path, sha256=right))
 
 
-def test_a_full_disk_is_told_before_and_while_writing(
+def test_a_full_disk_is_reported_before_and_while_writing(
     host: MediaHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage(NamedTuple):
@@ -449,7 +449,7 @@ def test_a_disk_that_fills_up_leaves_nothing(host: MediaHost, tmp_path: Path, mo
     assert str(tmp_path) not in str(error)
 
 
-def test_a_missing_folder_is_our_fault_and_told_without_its_path(host: MediaHost, tmp_path: Path) -> None:
+def test_a_missing_folder_is_our_fault_and_its_path_is_not_shown(host: MediaHost, tmp_path: Path) -> None:
     with pytest.raises(ProcessingError) as caught:
         fetch(host.serve("/x", Answer(body=BODY)), tmp_path / "no" / "x", SETTINGS, kind="video")
     assert str(tmp_path) not in str(caught.value)
@@ -457,7 +457,7 @@ def test_a_missing_folder_is_our_fault_and_told_without_its_path(host: MediaHost
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A self-signed certificate for media.example; made anew, so no key is kept in the repository."""
+    """A self-signed certificate for media.example; generated for each run, so no key is kept in the repository."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("tls")

@@ -119,7 +119,7 @@ def test_a_cancelled_claim_stops_within_a_heartbeat(url: str, worker: Server) ->
     wait_until(lambda: worker.leftovers() == [])
 
 
-def test_mistakes_are_told(url: str) -> None:
+def test_mistakes_are_answered_with_their_reason(url: str) -> None:
     assert "wrong key" in command(url, "list", key="another").stderr
     assert "INTERNAL_API_KEY" in command(url, "list", key="").stderr
     assert "no file" in command(url, "submit", "nothing.mp4", "nothing.wav").stderr
@@ -141,7 +141,7 @@ def test_a_silent_workers_job_is_handed_out_again_until_it_was_tried_often_enoug
     job = jobs.get(job_id)
     assert job is not None
     assert job["state"] == "failed"
-    # The first worker comes back after all: its success is no longer wanted, and told twice it stays so.
+    # The first worker returns after all: its success is refused, the second time as well.
     assert jobs.ended(job_id, {"status": "succeeded"}) == 409
     assert jobs.ended(job_id, {"status": "failed"}) == 200
     assert jobs.ended("unknown", {"status": "failed"}) == 404

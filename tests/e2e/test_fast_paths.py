@@ -92,7 +92,7 @@ def test_an_error_in_the_preparing_thread_is_the_jobs_error(
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_a_broken_source_is_told_with_overlap_too(core: Core, tmp_path: Path) -> None:
+def test_a_broken_source_is_reported_with_overlap_too(core: Core, tmp_path: Path) -> None:
     source, audio = make_source(tmp_path / "source.mp4", 40), make_audio(tmp_path / "a.wav", 1.6)
     data = source.read_bytes()
     source.write_bytes(data[: len(data) * 6 // 10])

@@ -109,7 +109,7 @@ def test_a_full_disk_is_retryable_and_the_next_job_works(server: Server) -> None
     assert server.post(server.job("after")).status_code == 200
 
 
-def test_out_of_memory_is_tried_with_a_smaller_batch_and_then_told_as_such(server: Server) -> None:
+def test_out_of_memory_is_retried_with_a_smaller_batch_and_then_reported(server: Server) -> None:
     server.command("fail-memory-once")
     assert server.post(server.job("smaller")).status_code == 200
     server.command("fail-memory")
@@ -121,7 +121,7 @@ def test_out_of_memory_is_tried_with_a_smaller_batch_and_then_told_as_such(serve
     assert server.post(server.job("after")).status_code == 200
 
 
-def test_what_nobody_foresaw_is_told_with_its_stage_and_without_our_paths(server: Server) -> None:
+def test_an_unforeseen_error_names_its_stage_and_none_of_our_paths(server: Server) -> None:
     server.command("fail-odd")
     answer = server.post(server.job("odd"))
     body = answer.json()
@@ -148,7 +148,7 @@ def test_a_lost_gpu_ends_the_process_and_a_new_one_works(start: StartServer) -> 
     assert server.entries("new process needed")
 
 
-def test_too_little_disk_is_told_before_anything_is_fetched(start: StartServer) -> None:
+def test_a_full_disk_is_reported_before_anything_is_fetched(start: StartServer) -> None:
     server = start(MIN_FREE_DISK_MB=str(2**39))
     body = server.wait_for(503)
     while body["status"] == "starting":

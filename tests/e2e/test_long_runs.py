@@ -1,4 +1,4 @@
-"""Ten minutes of video in flat memory, to and fro over a source that does not fit the budget."""
+"""Ten minutes of video in flat memory, back and forth over a source that does not fit the budget."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_what_is_downloaded_is_the_finished_file(page: Page, worker: Server, tmp
     assert media.inspect_source(path, media.MediaLimits()).width == 512
 
 
-def test_a_file_that_is_no_video_is_told_to_a_person(page: Page, tmp_path: Path) -> None:
+def test_the_page_explains_that_a_file_is_no_video(page: Page, tmp_path: Path) -> None:
     text = tmp_path / "holiday.mp4"
     text.write_text("not a video at all\n" * 100, encoding="utf-8")
     page.choose(text, make_audio(tmp_path / "speech.wav", 0.4))
@@ -171,7 +171,7 @@ def test_a_file_that_is_no_video_is_told_to_a_person(page: Page, tmp_path: Path)
     page.shot("failed")
 
 
-def test_a_missing_file_is_told_before_anything_is_sent(page: Page, tmp_path: Path) -> None:
+def test_a_missing_file_is_named_before_anything_is_sent(page: Page, tmp_path: Path) -> None:
     page.by("audio").send_keys(str(make_audio(tmp_path / "speech.wav", 0.4)))
     page.go()
     assert page.text("failure-title") == "One file is missing"
@@ -234,7 +234,7 @@ def test_a_job_is_started_and_cancelled_with_the_keyboard_alone(page: Page, work
     worker.wait_for(200)
 
 
-def test_a_worker_that_dies_in_mid_job_is_told(browser: webdriver.Chrome, tmp_path: Path) -> None:
+def test_the_page_reports_a_worker_that_dies_during_a_job(browser: webdriver.Chrome, tmp_path: Path) -> None:
     server = Server(tmp_path, tmp_path / "no-models", PLAYGROUND="1", BATCH_SIZE="2")
     try:
         server.wait_for(200)

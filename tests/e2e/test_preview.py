@@ -144,7 +144,7 @@ def test_a_time_outside_the_video_is_refused(core: Core, tmp_path: Path, time_s:
     assert core.readiness.state == "ready"
 
 
-def test_the_time_a_frame_is_told_to_begin_at_means_that_frame(core: Core, tmp_path: Path) -> None:
+def test_the_reported_start_time_of_a_frame_means_that_frame(core: Core, tmp_path: Path) -> None:
     source, audio = make_source(tmp_path / "source.mp4", 5, Fraction(30000, 1001)), make_audio(tmp_path / "a.wav", 0.4)
     for index in (1, 3, 7):
         assert preview(core, source, audio, round(float(index * Fraction(1001, 30000)), 3)).index == index

@@ -100,7 +100,7 @@ def test_a_source_longer_than_the_sound_is_cut(core: Core, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("n_source", [1, 2, 7])
-def test_a_short_source_goes_to_and_fro(core: Core, tmp_path: Path, n_source: int) -> None:
+def test_a_short_source_goes_back_and_forth(core: Core, tmp_path: Path, n_source: int) -> None:
     source = make_source(tmp_path / "source.mp4", n_source)
     render(core, source, make_audio(tmp_path / "a.wav", 1.2), tmp_path / "out.mp4")
     numbers = [clips.read_number(frame.y) for frame in frames_of(tmp_path / "out.mp4")]
@@ -200,7 +200,7 @@ def test_the_same_job_twice_gives_the_same_file(core: Core, tmp_path: Path) -> N
 
 
 class SomeFaces:
-    """Finds the box in all frames but some, which it tells by the number they show."""
+    """Finds the box in all frames but some, recognised by the number they show."""
 
     def __init__(self, without: Collection[int] = ()) -> None:
         self.without = without
@@ -257,7 +257,7 @@ def test_frames_without_a_face_show_the_source_and_keep_the_rest_in_step(with_fi
             assert amount > 5, f"frame {index} has a face and was left by {amount}"
 
 
-def test_no_face_at_all_is_told_before_anything_is_generated(with_finder: Any, tmp_path: Path) -> None:
+def test_a_source_without_a_face_fails_before_anything_is_generated(with_finder: Any, tmp_path: Path) -> None:
     core = with_finder(SomeFaces(set(range(100))))
     source, audio = make_source(tmp_path / "source.mp4", 10), make_audio(tmp_path / "a.wav", 0.4)
     with pytest.raises(NoFaceError) as caught:

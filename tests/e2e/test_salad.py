@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.test_render import make_audio, make_source
 from tests.support.server import ROOT, Server, wait_until
 
-# Behaves as the binary does: forwards one job, notes what came of it, and ends at once when it is told to.
+# Behaves as the binary does: forwards one job, records the answer, and ends at once on SIGTERM.
 BINARY = """#!{python}
 import json, os, signal, sys, time, urllib.error, urllib.request
 folder = {folder!r}

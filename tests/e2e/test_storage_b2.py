@@ -267,7 +267,7 @@ def test_a_name_outside_the_keys_prefix_is_not_tried_for_ever(video: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("far_side", "mine", "text"),
+    ("bucket", "mine", "text"),
     [
         ({}, {"app_key": "K000wrongappkey000"}, "invalid key"),
         ({}, {"bucket": "elsewhere"}, "no such bucket"),
@@ -277,10 +277,8 @@ def test_a_name_outside_the_keys_prefix_is_not_tried_for_ever(video: Path) -> No
     ],
     ids=["key", "bucket", "restricted", "rights", "prefix"],
 )
-def test_wrong_settings_are_found_before_the_first_job(
-    far_side: dict[str, Any], mine: dict[str, Any], text: str
-) -> None:
-    with FakeB2(**far_side) as b2:
+def test_wrong_settings_are_found_before_the_first_job(bucket: dict[str, Any], mine: dict[str, Any], text: str) -> None:
+    with FakeB2(**bucket) as b2:
         store = B2Store(settings(b2, **mine))
         with pytest.raises(SettingsError, match=text) as caught:
             store.check()
@@ -426,7 +424,7 @@ def test_a_long_retry_after_cannot_outlast_the_deadline(b2: FakeB2, video: Path)
     assert time.monotonic() - started < 3
 
 
-def test_the_deadline_tells_the_last_fault(b2: FakeB2, video: Path) -> None:
+def test_the_deadline_names_the_last_fault(b2: FakeB2, video: Path) -> None:
     b2.inject("upload", BUSY, times=50)
     assert "503" in str(fail(b2, video, DeadlineError, deadline_s=0.5, backoff_s=20.0))
 
@@ -467,7 +465,7 @@ def test_parts_survive_bursts(video: Path, fault: Fault) -> None:
         check(b2, put(B2Store(settings(b2)), video))
 
 
-def test_a_large_file_goes_on_with_the_parts_that_are_there(video: Path) -> None:
+def test_a_large_file_resumes_the_parts_that_are_there(video: Path) -> None:
     with large() as b2:
         b2.inject("b2_finish_large_file", Fault(status=400, code="bad_request", message="try later"))
         check(b2, put(B2Store(settings(b2)), video))

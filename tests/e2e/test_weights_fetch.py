@@ -100,14 +100,14 @@ def test_fetch_convert_verify_and_never_the_network_again(command: Command, hub:
     assert not list(command.models_dir.rglob("*.pth"))
     hub.seen.clear()
     command.environment["HF_HUB_OFFLINE"] = "1"
-    assert "nothing to fetch: all files are there" in command.run("fetch")
+    assert "nothing to fetch: all files are present" in command.run("fetch")
     assert hub.seen == []
     spoiled = command.models_dir / "musetalkV15/unet.safetensors"
     spoiled.write_bytes(spoiled.read_bytes()[:-100])
     assert "cut short  musetalkV15/unet.safetensors" in command.run("verify", status=1)
 
 
-def test_an_interrupt_leaves_what_the_next_run_goes_on_with(command: Command, hub: FakeHub) -> None:
+def test_an_interrupt_leaves_what_the_next_run_resumes(command: Command, hub: FakeHub) -> None:
     hub.orders[UNET_AT] = [Order(cut_after=5000, holds=True)]
     process = command.start("fetch")
     assert hub.is_held.wait(60)
@@ -140,7 +140,7 @@ def test_a_full_disk_is_one_sentence_and_what_came_is_kept(command: Command, tin
     command.run("fetch")
 
 
-def test_a_gated_repository_is_told_and_the_token_is_not(command: Command, hub: FakeHub) -> None:
+def test_a_gated_repository_is_named_and_the_token_is_not(command: Command, hub: FakeHub) -> None:
     hub.gated.add("yzd-v/DWPose/dw-ll_ucoco_384.pth")
     command.environment["HF_TOKEN"] = "hf_of_somebody_else"
     text = command.run("fetch", status=1)
@@ -324,7 +324,7 @@ def test_the_demo_that_was_asked_for_is_never_fetched_for(core_of: Any, hub: Fak
 
 
 def test_on_a_gpu_a_failed_fetch_is_no_reason_for_the_demo(core_of: Any, hub: FakeHub) -> None:
-    hub.files[UNET_AT] = replace(hub.files[UNET_AT], told_size=7)
+    hub.files[UNET_AT] = replace(hub.files[UNET_AT], announced_size=7)
     core = core_of(True)
     core.start_loading().join()
     assert core.readiness.state == "failed"

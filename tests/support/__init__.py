@@ -1,1 +1,1 @@
-"""Fakes of the far side, synthetic media and tiny networks for the tests."""
+"""Fakes of servers, synthetic media and tiny networks for the tests."""

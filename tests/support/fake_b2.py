@@ -32,7 +32,7 @@ class Fault:
 
     `status` answers with an error; `cut` resets the connection in mid-body; `deaf` does not read the body; `silent`
     reads and never answers; `drip` sends header lines for ever; `lie` reports another SHA-1; `garbage` is no JSON.
-    `lost` does the work and then resets the connection instead of telling.
+    `lost` does the work and then resets the connection instead of answering.
     """
 
     status: int = 0
@@ -425,11 +425,11 @@ class _Handler(BaseHTTPRequestHandler):
         return {"fileId": file_id, "partNumber": number, "contentLength": len(body), "contentSha1": sha1}
 
     def _checked(self, body: bytes) -> tuple[bytes, str]:
-        told = self.headers["X-Bz-Content-Sha1"]
-        if told == "hex_digits_at_end":
-            body, told = body[:-40], body[-40:].decode()
+        announced = self.headers["X-Bz-Content-Sha1"]
+        if announced == "hex_digits_at_end":
+            body, announced = body[:-40], body[-40:].decode()
         sha1 = hashlib.sha1(body).hexdigest()
-        if told != sha1:
+        if announced != sha1:
             raise RefusalError(400, "bad_request", "Sha1 did not match data received")
         return body, sha1
 

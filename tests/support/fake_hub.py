@@ -57,8 +57,8 @@ class _Stored:
     content: bytes
     is_large: bool
     # What the hub says of it, where that is another thing than what it serves.
-    told_size: int | None = None
-    told_sum: str | None = None
+    announced_size: int | None = None
+    announced_sum: str | None = None
 
 
 def manifest_of(models_dir: Path, prefix: int | None = None) -> tuple[WeightFile, ...]:
@@ -178,8 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {
                 "Location": f"{self.fake.content_url}/{place}?sig={SIGNATURE}",
                 "X-Repo-Commit": COMMIT,
-                "X-Linked-Size": str(stored.told_size or size),
-                "X-Linked-Etag": f'"{stored.told_sum or digest}"',
+                "X-Linked-Size": str(stored.announced_size or size),
+                "X-Linked-Etag": f'"{stored.announced_sum or digest}"',
                 "ETag": '"of-the-pointer"',
             }
             self._refuse(302, headers)
@@ -245,6 +245,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _git_sha1(stored: _Stored) -> str:
-    if stored.told_sum is not None:
-        return stored.told_sum
+    if stored.announced_sum is not None:
+        return stored.announced_sum
     return hashlib.sha1(b"blob %d\0" % len(stored.content) + stored.content).hexdigest()

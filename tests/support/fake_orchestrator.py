@@ -1,4 +1,4 @@
-"""A loopback orchestrator: hands out jobs, records every call with its time, and fails when told to."""
+"""A loopback orchestrator: hands out jobs, records every call with its time, and fails on demand."""
 
 from __future__ import annotations
 

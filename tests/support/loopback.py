@@ -1,4 +1,4 @@
-"""An HTTP server on a free loopback port, in a thread of its own: what every fake far side stands on."""
+"""An HTTP server on a free loopback port, in a thread of its own: the base of every fake server."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A media host on loopback that can do everything wrong a real one does, on request.
 
 Each path has a list of answers, used one after another; the last one stays. The host counts connections and keeps the
-requests, so a test can tell what was dialled and what was sent.
+requests, so a test can check what was dialled and what was sent.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Our programs with another manifest: `python -m tests.support.small_manifest MANIFEST.json COMMAND ...`.
 
-The official sums cannot be met by small files, and the programs themselves have no way to be told others.
+Small files cannot have the official checksums, and the programs accept no others.
 """
 
 from __future__ import annotations

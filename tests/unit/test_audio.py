@@ -346,7 +346,7 @@ def test_features_before_an_event_far_away_do_not_change(encoder: audio.AudioEnc
     assert not torch.allclose(before[60_000 // 320 :], after[60_000 // 320 :], atol=1e-3)
 
 
-def test_empty_and_two_channel_sound_are_told_apart(encoder: audio.AudioEncoder) -> None:
+def test_empty_and_two_channel_sound_are_distinguished(encoder: audio.AudioEncoder) -> None:
     with pytest.raises(MediaError, match="no sound"):
         encoder.features(np.zeros(0, np.float32))
     with pytest.raises(ValueError, match="one channel"):
@@ -418,7 +418,7 @@ def test_full_and_encoder_only_checkpoints_give_transformers_own_states(
 
 
 @pytest.mark.parametrize("preprocessor", [None, {"n_fft": 400}], ids=["no file", "no bins in it"])
-def test_unless_told_otherwise_the_bins_are_the_encoders(
+def test_by_default_the_bins_are_the_encoders(
     tmp_path: Path, whole_model: WhisperModel, preprocessor: dict[str, Any] | None
 ) -> None:
     loaded = load(write_folder(tmp_path, whole_model.state_dict(), "pytorch_model.bin", preprocessor=preprocessor))

@@ -236,7 +236,7 @@ def test_what_was_used_last_stays_on_disk(tmp_path: Path) -> None:
     for age, key in enumerate("ab"):
         cache.put(key, avatar_of(4))
         cache.flush()
-        # Written long ago, one after the other: file systems tell times coarsely.
+        # Written long ago, one after the other: file systems store times coarsely.
         os.utime(tmp_path / f"{key}{SUFFIX}", (1000 + age, 1000 + age))
     assert cache.get("a")
     cache.put("c", avatar_of(4))

@@ -1,4 +1,4 @@
-"""Settings: every variable read, every problem told at once, nothing secret shown."""
+"""Settings: every variable read, every problem reported at once, nothing secret shown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_empty_and_blank_mean_unset() -> None:
     assert load(BATCH_SIZE="", WORKER_PORT="  ", GPU_CLASS=" ") == load()
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(SettingsError) as caught:
         load(BATCH_SIZE="eight", WORKER_PORT="0", VIDEO_CRF="99", MUSETALK_MODEL="v2", ALLOW_FILE_URLS="1")
     for name in ("BATCH_SIZE", "WORKER_PORT", "VIDEO_CRF", "MUSETALK_MODEL", "FILE_URL_ROOTS"):

@@ -30,7 +30,7 @@ from musetalk.errors import GpuLostError, OutOfMemoryError
         "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
     ],
 )
-def test_a_lost_gpu_is_told_from_other_trouble(text: str) -> None:
+def test_a_lost_gpu_is_distinguished_from_other_errors(text: str) -> None:
     assert is_lost(RuntimeError(text))
     assert not is_lost(ValueError(text))
     with pytest.raises(GpuLostError) as caught, gpu_errors():
@@ -72,7 +72,7 @@ def test_a_card_runs_what_was_compiled_for_it(card: GpuFacts, fits: bool) -> Non
         assert f"{card.capability[0]}.{card.capability[1]}" in problem
 
 
-def test_too_little_free_memory_is_told_with_figures() -> None:
+def test_too_little_free_memory_is_reported_with_figures() -> None:
     problem = gpu_problem(facts((8, 0), "sm_80", free=900), 4096)
     assert problem is not None
     assert "900 of 8192 MiB" in problem

@@ -157,7 +157,7 @@ HOSTILE = [
 
 @pytest.fixture
 def dialled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every address any socket was told to connect to; nothing really is."""
+    """Every address that a socket was asked to connect to; no connection is made."""
     reached: list[Any] = []
 
     def refuse(_: socket.socket, address: Any) -> None:

@@ -1,4 +1,4 @@
-"""Faces: each fast function against a slow one, the finder with networks that answer as told, boxes over time."""
+"""Faces: each fast function against a slow one, the finder with scripted networks, boxes over time."""
 
 from __future__ import annotations
 
@@ -317,7 +317,7 @@ def test_landmarks_that_make_no_box_give_the_detectors() -> None:
     assert faces.box_from_landmarks(outside, DETECTED) == DETECTED
 
 
-# -- the finder, with networks that answer as told --------------------------------------------------------------------
+# -- the finder, with scripted networks -------------------------------------------------------------------------------
 
 
 class ToldDetector(nn.Module):

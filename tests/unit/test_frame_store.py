@@ -214,7 +214,7 @@ def test_reads_and_writes_in_small_pieces_are_put_together(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_full_disk_is_reported_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     with FrameStore(tmp_path, memory_bytes=0, disk_bytes=10_000) as store:
         store.put(0, picture(1))
         with monkeypatch.context() as patched:
@@ -229,7 +229,7 @@ def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert same(store.get(1), picture(2))
 
 
-def test_a_disk_without_room_for_a_file_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_for_a_file_is_reported_as_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with FrameStore(tmp_path, memory_bytes=0, disk_bytes=10_000) as store:
         monkeypatch.setattr("musetalk.frame_store.tempfile.mkstemp", failing(errno.ENOSPC))
         with pytest.raises(DiskFullError, match="the disk is full"):

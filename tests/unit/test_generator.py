@@ -543,7 +543,7 @@ def test_a_padded_batch_gives_what_the_plain_one_gives(tiny: Generator, n_frames
     assert seen == ([4] if n_frames <= 4 else [])
 
 
-def test_after_float32_the_faster_step_is_made_anew_because_weights_have_moved() -> None:
+def test_after_float32_the_faster_step_is_built_again_because_weights_have_moved() -> None:
     half = Generator(overflowing_unet(), build_vae(), device=CPU, dtype=torch.float16)
     half.fixed_batch = 2
     made: list[int] = []

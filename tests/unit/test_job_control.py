@@ -33,7 +33,7 @@ def test_a_job_is_called_by_its_ids_only(control: JobControl) -> None:
     assert not control.has_id("m-2")
 
 
-def test_the_first_reason_is_told(control: JobControl) -> None:
+def test_the_first_reason_is_reported(control: JobControl) -> None:
     assert not control.should_stop()
     control.stop("shutdown")
     control.stop("cancelled")

@@ -1,4 +1,4 @@
-"""What a signal's word leads to, with a core and a claim loop that only take notes."""
+"""Effects of each shutdown command, with a core and a claim loop that only record calls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from worker import lifecycle
-from worker.lifecycle import EXIT_ABORTED, EXIT_RESTART, LAST_WORDS_S, Lifecycle
+from worker.lifecycle import EXIT_ABORTED, EXIT_RESTART, LAST_REPORTS_S, Lifecycle
 from worker.readiness import WorkerStatus
 
 
@@ -59,7 +59,7 @@ def notes() -> Notes:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifecycle, "ABORT_S", 0.01)
     monkeypatch.setattr(lifecycle, "RESTART_S", 0.2)
-    monkeypatch.setattr(lifecycle, "LAST_WORDS_S", 0.0)
+    monkeypatch.setattr(lifecycle, "LAST_REPORTS_S", 0.0)
 
 
 def make(notes: Notes, graceful_s: float) -> Lifecycle:
@@ -74,19 +74,19 @@ def make(notes: Notes, graceful_s: float) -> Lifecycle:
     return life
 
 
-def test_of_a_short_time_to_end_the_job_still_gets_half(notes: Notes) -> None:
-    assert LAST_WORDS_S > 0.6
+def test_a_short_graceful_time_is_shared_with_the_job(notes: Notes) -> None:
+    assert LAST_REPORTS_S > 0.6
     life = make(notes, 0.6)
-    life.say("stop")
+    life.request("stop")
     notes.wait_for("stop claiming")
     assert "stop the job: shutdown" not in notes.done
     notes.wait_for("stop the job: shutdown")
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_stop_drains_and_stops_the_job_only_when_the_time_is_over(notes: Notes) -> None:
+def test_a_stop_drains_and_stops_the_job_when_the_time_is_over(notes: Notes) -> None:
     life = make(notes, 0.3)
-    life.say("stop")
+    life.request("stop")
     notes.wait_for("stop claiming")
     assert "stop the job: shutdown" not in notes.done
     notes.wait_for("stop the job: shutdown")
@@ -96,19 +96,19 @@ def test_a_stop_drains_and_stops_the_job_only_when_the_time_is_over(notes: Notes
 @pytest.mark.usefixtures("quick")
 def test_an_abort_stops_the_job_and_exits(notes: Notes) -> None:
     life = make(notes, 1000)
-    life.say("stop")
+    life.request("stop")
     notes.wait_for("stop claiming")
-    life.say("stop")
-    life.say("abort")
+    life.request("stop")
+    life.request("abort")
     notes.wait_for(("exit", EXIT_ABORTED))
     assert notes.done.index("stop the job: shutdown") < notes.done.index(("exit", EXIT_ABORTED))
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_lost_core_ends_the_process_in_good_order_or_in_any(notes: Notes) -> None:
+def test_a_lost_core_ends_the_process_in_order_or_by_force(notes: Notes) -> None:
     make(notes, 1000)
     notes.status.mark_lost("the GPU is gone")
     notes.wait_for("end the process")
     assert "stop claiming" in notes.done
-    # Nobody ended it: it is cut off.
+    # Nobody ended it, so it is cut off.
     notes.wait_for(("exit", EXIT_RESTART))

@@ -53,9 +53,9 @@ def assert_refused(look: Callable[[Path, MediaLimits], Any], path: Path, limits:
     with pytest.raises(MediaError) as caught:
         look(path, limits)
     assert time.monotonic() - started < 2
-    told = f"{caught.value} {caught.value.details}"
-    assert str(path.parent) not in told
-    assert path.name not in told
+    text = f"{caught.value} {caught.value.details}"
+    assert str(path.parent) not in text
+    assert path.name not in text
     assert not caught.value.retryable
     return caught.value
 
@@ -387,7 +387,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
 def test_a_decoder_that_crashes_is_the_files_fault(child: Callable[[str], Path], name: str) -> None:
     path = child(f"import os, signal; os.kill(os.getpid(), signal.{name})")
     for probe in PROBES:
-        assert "brings the decoder down" in str(assert_refused(probe, path))
+        assert "crashes the decoder" in str(assert_refused(probe, path))
 
 
 def test_a_process_ended_from_outside_is_not(child: Callable[[str], Path]) -> None:

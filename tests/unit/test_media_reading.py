@@ -443,7 +443,7 @@ def test_alpha_in_yuv_shows_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tags", [Tags(1, 1, 1, False), Tags(6, 6, 6, False), Tags(5, 5, 6, False), Tags(6, 1, 13)])
-def test_tags_are_told_and_pictures_untouched(tmp_path: Path, tags: Tags) -> None:
+def test_tags_are_reported_and_pictures_untouched(tmp_path: Path, tags: Tags) -> None:
     planes = random_planes(160, 96)
     path = exact_clip(tmp_path / "clip.mp4", planes, codec="libx264", options={"qp": "0"}, tags=tags)
     info, frames = read(path)

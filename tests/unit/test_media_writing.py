@@ -125,7 +125,7 @@ def test_the_index_comes_first_and_nothing_of_the_machine_is_inside(tmp_path: Pa
     assert str(tmp_path).encode() not in (tmp_path / "out.mp4").read_bytes()
 
 
-def test_nothing_is_told_about_when_and_from_what_it_was_made(tmp_path: Path) -> None:
+def test_the_file_does_not_reveal_when_and_from_what_it_was_made(tmp_path: Path) -> None:
     sound = clips.Sound(clips.tone(1.0), codec="aac")
     tagged = clips.write_clip(tmp_path / "tagged.mkv", 25, sound=sound)
     with av.open(str(tagged)) as source, av.open(str(tmp_path / "titled.mkv"), "w") as titled:
@@ -321,7 +321,7 @@ def test_a_writer_that_ended_takes_nothing_more(tmp_path: Path) -> None:
     assert clips.decode_numbers(tmp_path / "out.mp4") == [0]
 
 
-def test_a_name_that_cannot_be_taken_is_told_without_its_path(tmp_path: Path) -> None:
+def test_an_error_about_an_unusable_name_contains_no_path(tmp_path: Path) -> None:
     (tmp_path / "out.mp4").mkdir()
     with start(tmp_path / "out.mp4", 1) as writer:
         writer.write(picture(0))
@@ -347,7 +347,7 @@ def test_sound_that_cannot_be_read_is_the_inputs_fault_and_leaves_nothing(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
 
 
-def test_a_folder_that_is_not_there_is_told_without_its_path(tmp_path: Path) -> None:
+def test_an_error_about_a_missing_folder_contains_no_path(tmp_path: Path) -> None:
     with pytest.raises(EncodeError) as caught:
         start(tmp_path / "none" / "out.mp4")
     assert str(tmp_path) not in str(caught.value)
@@ -386,7 +386,7 @@ def test_a_full_disk_has_its_own_error_and_leaves_nothing_wherever_it_strikes(tm
     ("number", "expected"),
     [(errno.ENOSPC, DiskFullError), (errno.EDQUOT, DiskFullError), (errno.EIO, EncodeError)],
 )
-def test_errors_of_the_disk_are_told_apart_without_a_path(number: int, expected: type[Exception]) -> None:
+def test_errors_of_the_disk_are_distinguished_without_a_path(number: int, expected: type[Exception]) -> None:
     for error in (OSError(number, os.strerror(number), "/secret/place"), av.error.FFmpegError(number, "x", "/secret")):
         with pytest.raises(expected) as caught, encoder_errors():
             raise error

@@ -57,7 +57,7 @@ def test_a_picture_without_a_face_has_none(finder: MeshFaceFinder) -> None:
     assert finder.find([]) == []
 
 
-def test_missing_files_are_told_when_a_face_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_are_named_when_a_face_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh_faces, "_PACKAGE", "no_such_package_at_all")
     with pytest.raises(WeightsError, match=r"requirements-nodeps\.txt") as caught:
         find_files()

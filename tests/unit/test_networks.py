@@ -100,12 +100,12 @@ def test_a_missing_and_a_misshapen_tensor_are_refused_by_name(name: str) -> None
     without = {key: value for key, value in state.items() if key != last}
     wider = torch.zeros(3 * kind.widths[0], *state[kind.first].shape[1:])
     count = f"of {len(state)} tensors"
-    for wrong, told in (
+    for wrong, text in (
         (without, rf"{count} 1 missing \({last}\)"),
         ({**state, last: torch.ones(1, 2, 3)}, rf"{count} 1 of another shape \({last}\)"),
         ({**without, kind.first: wider}, rf"{count} 1 missing \({last}\), \d+ of another shape \(.+, …\)"),
     ):
-        with pytest.raises(ValueError, match=rf"^not an? [^:]+: {told}$"):
+        with pytest.raises(ValueError, match=rf"^not an? [^:]+: {text}$"):
             kind.from_state(wrong)
 
 

@@ -31,9 +31,9 @@ from worker.orchestrator import (
 
 
 @pytest.fixture
-def far_side() -> Iterator[FakeOrchestrator]:
-    with FakeOrchestrator() as far_side:
-        yield far_side
+def orchestrator() -> Iterator[FakeOrchestrator]:
+    with FakeOrchestrator() as orchestrator:
+        yield orchestrator
 
 
 def client(url: str, **changes: Any) -> Orchestrator:
@@ -51,46 +51,51 @@ def test_the_key_is_shown_nowhere() -> None:
     assert "the-key" not in repr(client("http://127.0.0.1:1").settings)
 
 
-def test_calls_reach_their_routes_with_the_key(far_side: FakeOrchestrator) -> None:
-    orchestrator = client(far_side.url)
-    assert orchestrator.heartbeat("idle", None).is_accepted
-    assert orchestrator.claim().body == {"job": None}
-    assert orchestrator.report("b 1/ü", {"status": "failed"}).is_accepted
-    assert orchestrator.progress("m?1#2", {"progress": 0.5}).is_accepted
-    orchestrator.close()
-    seen = [(call.kind, call.id) for call in far_side.calls]
+def test_calls_reach_their_routes_with_the_key(orchestrator: FakeOrchestrator) -> None:
+    caller = client(orchestrator.url)
+    assert caller.heartbeat("idle", None).is_accepted
+    assert caller.claim().body == {"job": None}
+    assert caller.report("b 1/ü", {"status": "failed"}).is_accepted
+    assert caller.progress("m?1#2", {"progress": 0.5}).is_accepted
+    caller.close()
+    seen = [(call.kind, call.id) for call in orchestrator.calls]
     assert seen == [("heartbeat", "w/1"), ("claim", ""), ("status", "b 1/ü"), ("progress", "m?1#2")]
-    assert {call.key for call in far_side.calls} == {"the-key"}
-    assert far_side.calls[3].body == {"progress": 0.5, "worker_id": "w/1", "config_label": "default", "batch_size": 8}
+    assert {call.key for call in orchestrator.calls} == {"the-key"}
+    assert orchestrator.calls[3].body == {
+        "progress": 0.5,
+        "worker_id": "w/1",
+        "config_label": "default",
+        "batch_size": 8,
+    }
 
 
-def test_nobody_there_is_a_reply_and_no_exception() -> None:
+def test_an_unreachable_orchestrator_gives_a_reply_and_no_exception() -> None:
     reply = client("http://127.0.0.1:1").claim()
     assert not reply.is_accepted
     assert "cannot be reached" in reply.describe()
     assert claimed_job(reply) == (None, reply.describe())
 
 
-def test_a_redirect_is_not_followed(far_side: FakeOrchestrator) -> None:
-    far_side.faults.append(Times("claim", 1, Answer(307, b"", (("Location", f"{far_side.url}/elsewhere"),))))
-    orchestrator = client(far_side.url)
-    assert orchestrator.claim().status == 307
-    assert [call.kind for call in far_side.calls] == ["claim"]
-    orchestrator.close()
+def test_a_redirect_is_not_followed(orchestrator: FakeOrchestrator) -> None:
+    orchestrator.faults.append(Times("claim", 1, Answer(307, b"", (("Location", f"{orchestrator.url}/elsewhere"),))))
+    caller = client(orchestrator.url)
+    assert caller.claim().status == 307
+    assert [call.kind for call in orchestrator.calls] == ["claim"]
+    caller.close()
 
 
-def test_an_endless_answer_is_cut(far_side: FakeOrchestrator) -> None:
-    far_side.faults.append(Times("claim", 1, Answer(200, b" " * 3_000_000)))
-    orchestrator = client(far_side.url)
-    assert orchestrator.claim().problem == "the reply is too large"
-    orchestrator.close()
+def test_an_endless_answer_is_cut(orchestrator: FakeOrchestrator) -> None:
+    orchestrator.faults.append(Times("claim", 1, Answer(200, b" " * 3_000_000)))
+    caller = client(orchestrator.url)
+    assert caller.claim().problem == "the reply is too large"
+    caller.close()
 
 
 @pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"])
-def test_a_reply_that_drips_in_is_given_up_in_time_and_the_next_call_works(
-    far_side: FakeOrchestrator, start: bytes
+def test_a_reply_that_drips_in_is_cut_in_time_and_the_next_call_works(
+    orchestrator: FakeOrchestrator, start: bytes
 ) -> None:
-    """A byte now and then keeps every single read alive: the call as a whole needs an end."""
+    """A byte now and then keeps every read alive, so the whole call needs a limit."""
     stopped = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -106,29 +111,29 @@ def test_a_reply_that_drips_in_is_given_up_in_time_and_the_next_call_works(
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         settings = OrchestratorSettings(url, url, "key", "w-1", "RTX", total_timeout_s=0.6)
-        orchestrator = Orchestrator(settings)
+        caller = Orchestrator(settings)
         begun = time.monotonic()
-        reply = orchestrator.claim()
+        reply = caller.claim()
         assert time.monotonic() - begun < 5
         assert reply.problem == "the reply took too long"
-        # The connection is cut, so that nothing is left behind: its other end notices.
+        # The connection is cut: the server notices.
         thread.join(10)
         assert not thread.is_alive()
         stopped.set()
-        object.__setattr__(settings, "buffer_base_url", far_side.url)
-        assert orchestrator.claim().is_accepted
-        orchestrator.close()
+        object.__setattr__(settings, "buffer_base_url", orchestrator.url)
+        assert caller.claim().is_accepted
+        caller.close()
 
 
-def test_retry_after_is_read(far_side: FakeOrchestrator) -> None:
-    far_side.faults += [
+def test_retry_after_is_read(orchestrator: FakeOrchestrator) -> None:
+    orchestrator.faults += [
         Times("claim", 1, Answer(503, b"", (("Retry-After", "7"),))),
         Times("claim", 1, Answer(503, b"", (("Retry-After", "Mon, 01 Jan 2029 00:00:00 GMT"),))),
     ]
-    orchestrator = client(far_side.url)
-    assert orchestrator.claim().retry_after_s == 7
-    assert orchestrator.claim().retry_after_s is None
-    orchestrator.close()
+    caller = client(orchestrator.url)
+    assert caller.claim().retry_after_s == 7
+    assert caller.claim().retry_after_s is None
+    caller.close()
 
 
 json_values = st.recursive(
@@ -166,63 +171,63 @@ def test_the_text_of_a_failure_names_type_and_stage() -> None:
     assert report["error"] == "media_error at preprocessing: no frame of the source shows a face"
     assert report["output_url"] is None
     assert failed_update(error_body(error)[1])["status"] == "failed"
-    # Salad runs a retryable job again: this was not its end.
+    # Salad runs a retryable job again, so it is not finished.
     retryable = failed_update(error_body(ProcessingError("the GPU is gone"))[1])
     assert retryable["status"] == "running"
     assert "the GPU is gone" in str(retryable["error"])
     json.dumps(report, allow_nan=False)
 
 
-def test_a_report_says_whether_the_same_address_may_work_later() -> None:
+def test_a_report_says_whether_a_later_retry_may_work() -> None:
     error = DownloadError("503 from media host", transient=True)
     error.stage = "download"
     assert failed_report(error_body(error)[1])["details"] == {"transient": True}
 
 
-def test_only_the_newest_progress_is_sent(far_side: FakeOrchestrator) -> None:
+def test_only_the_newest_progress_is_sent(orchestrator: FakeOrchestrator) -> None:
     gate = threading.Event()
 
     def slow(call: Call) -> Answer | None:
         gate.wait(20)
         return None
 
-    far_side.faults.append(slow)
-    orchestrator = client(far_side.url, read_timeout_s=30, total_timeout_s=30)
-    sender = ProgressSender(orchestrator, "job", interval_s=0.0)
+    orchestrator.faults.append(slow)
+    caller = client(orchestrator.url, read_timeout_s=30, total_timeout_s=30)
+    sender = ProgressSender(caller, "job", interval_s=0.0)
     sender("download", 0, 1)
-    far_side.wait_for(lambda: far_side.calls)
+    orchestrator.wait_for(lambda: orchestrator.calls)
     for done in range(101):
         sender("inference", done, 100)
     gate.set()
-    far_side.wait_for(lambda: len(far_side.calls) == 2)
+    orchestrator.wait_for(lambda: len(orchestrator.calls) == 2)
     sender.close()
-    orchestrator.close()
-    assert far_side.calls[1].body["metrics"] == {"frames_done": 100, "frames_total": 100}
+    caller.close()
+    assert orchestrator.calls[1].body["metrics"] == {"frames_done": 100, "frames_total": 100}
 
 
-def test_small_steps_are_not_sent_and_nothing_goes_back(far_side: FakeOrchestrator) -> None:
-    orchestrator = client(far_side.url)
-    sender = ProgressSender(orchestrator, "job", interval_s=0.0)
+def test_small_steps_are_not_sent_and_nothing_goes_back(orchestrator: FakeOrchestrator) -> None:
+    caller = client(orchestrator.url)
+    sender = ProgressSender(caller, "job", interval_s=0.0)
     for done in range(201):
         sender("inference", done, 200)
     sender("download", 0, 1)
-    far_side.wait_for(lambda: far_side.calls and far_side.calls[-1].body["phase"] == "downloading")
+    orchestrator.wait_for(lambda: orchestrator.calls and orchestrator.calls[-1].body["phase"] == "downloading")
     sender.close()
-    orchestrator.close()
-    values = [call.body["progress"] for call in far_side.calls]
+    caller.close()
+    values = [call.body["progress"] for call in orchestrator.calls]
     assert values == sorted(values)
-    inferring = [call.body["progress"] for call in far_side.calls if call.body["phase"] == "inferring"]
+    inferring = [call.body["progress"] for call in orchestrator.calls if call.body["phase"] == "inferring"]
     assert all(b - a >= 0.049 for a, b in itertools.pairwise(inferring))
 
 
-def test_the_last_update_is_sent_until_it_is_taken_and_comes_last(far_side: FakeOrchestrator) -> None:
-    far_side.faults += [
+def test_the_last_update_is_retried_until_accepted_and_arrives_last(orchestrator: FakeOrchestrator) -> None:
+    orchestrator.faults += [
         Times("progress", 1, Answer(503)),
         Times("progress", 1, Answer(None)),
     ]
-    orchestrator = client(far_side.url)
-    sender = ProgressSender(orchestrator, "job")
+    caller = client(orchestrator.url)
+    sender = ProgressSender(caller, "job")
     assert sender.finish({"status": "succeeded", "progress": 1.0})
-    orchestrator.close()
-    assert len(far_side.calls) == 3
-    assert all(call.body["status"] == "succeeded" for call in far_side.calls)
+    caller.close()
+    assert len(orchestrator.calls) == 3
+    assert all(call.body["status"] == "succeeded" for call in orchestrator.calls)

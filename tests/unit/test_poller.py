@@ -49,9 +49,9 @@ class ScriptedCore(Core):
 
 
 @pytest.fixture
-def far_side() -> Iterator[FakeOrchestrator]:
-    with FakeOrchestrator() as far_side:
-        yield far_side
+def orchestrator() -> Iterator[FakeOrchestrator]:
+    with FakeOrchestrator() as orchestrator:
+        yield orchestrator
 
 
 @pytest.fixture
@@ -60,13 +60,13 @@ def core() -> ScriptedCore:
 
 
 @pytest.fixture
-def poller(core: ScriptedCore, far_side: FakeOrchestrator, tmp_path: Path) -> Poller:
+def poller(core: ScriptedCore, orchestrator: FakeOrchestrator, tmp_path: Path) -> Poller:
     """A loop that is not running: the test calls its steps."""
-    return make_poller(core, far_side, tmp_path)
+    return make_poller(core, orchestrator, tmp_path)
 
 
-def make_poller(core: Core, far_side: FakeOrchestrator, folder: Path) -> Poller:
-    settings = OrchestratorSettings(far_side.url, far_side.url, "key", "w-1", "RTX")
+def make_poller(core: Core, orchestrator: FakeOrchestrator, folder: Path) -> Poller:
+    settings = OrchestratorSettings(orchestrator.url, orchestrator.url, "key", "w-1", "RTX")
     return Poller(core, settings, folder, poll_interval_s=3.0)
 
 
@@ -103,99 +103,99 @@ def test_a_stored_report_that_cannot_be_read_does_not_stop_the_others(tmp_path: 
 
 
 def test_nothing_is_claimed_while_loading_busy_or_unheard(
-    poller: Poller, core: ScriptedCore, far_side: FakeOrchestrator
+    poller: Poller, core: ScriptedCore, orchestrator: FakeOrchestrator
 ) -> None:
     poller.step()
-    assert far_side.of("claim") == []
+    assert orchestrator.of("claim") == []
     poller.heartbeat.beat()
     for state in ("starting", "busy", "failed", "draining"):
         core.state = Readiness(state, None, "reason")
         poller.step()
-        assert far_side.of("claim") == []
+        assert orchestrator.of("claim") == []
     core.state = Readiness("ready", "v15")
     poller.step()
-    assert len(far_side.of("claim")) == 1
+    assert len(orchestrator.of("claim")) == 1
 
 
 def test_a_job_is_run_with_all_its_fields_and_reported(
-    poller: Poller, core: ScriptedCore, far_side: FakeOrchestrator
+    poller: Poller, core: ScriptedCore, orchestrator: FakeOrchestrator
 ) -> None:
     poller.heartbeat.beat()
-    far_side.jobs.append(JOB)
+    orchestrator.jobs.append(JOB)
     assert poller.step() == 0.0
     assert core.jobs[0].params.box_smoothing == 2
     assert core.jobs[0].buffer_job_id == "b-1"
-    (report,) = far_side.of("status", "b-1")
+    (report,) = orchestrator.of("status", "b-1")
     assert report.body["status"] == "succeeded"
     assert poller.outbox.reports() == []
     assert 2.7 <= poller.step() <= 3.3
 
 
-def test_a_failure_is_told_with_its_cause(poller: Poller, core: ScriptedCore, far_side: FakeOrchestrator) -> None:
+def test_a_failure_is_reported_with_a_cause(poller: Poller, core: ScriptedCore, orchestrator: FakeOrchestrator) -> None:
     poller.heartbeat.beat()
     for number, (outcome, text) in enumerate(
         [(MediaError("no sound"), "media_error at unknown: no sound"), (KeyError("x"), "unknown_error at unknown: ")]
     ):
         core.outcome = outcome
-        far_side.jobs.append({**JOB, "buffer_job_id": f"b-{number}"})
+        orchestrator.jobs.append({**JOB, "buffer_job_id": f"b-{number}"})
         poller.step()
-        (report,) = far_side.of("status", f"b-{number}")
+        (report,) = orchestrator.of("status", f"b-{number}")
         assert report.body["error"].startswith(text)
         assert report.body["status"] == "failed"
 
 
-def test_a_job_without_an_id_is_not_run(poller: Poller, core: ScriptedCore, far_side: FakeOrchestrator) -> None:
+def test_a_job_without_an_id_is_not_run(poller: Poller, core: ScriptedCore, orchestrator: FakeOrchestrator) -> None:
     poller.stop()
     poller.heartbeat.beat()
     identities: list[Any] = [None, "", True, [], {}]
     for identity in identities:
-        far_side.jobs.append({**JOB, "buffer_job_id": identity})
+        orchestrator.jobs.append({**JOB, "buffer_job_id": identity})
         poller.step()
     assert core.jobs == []
-    assert far_side.of("status") == []
+    assert orchestrator.of("status") == []
 
 
 def test_a_failed_job_that_is_handed_out_again_is_run_again(
-    poller: Poller, core: ScriptedCore, far_side: FakeOrchestrator
+    poller: Poller, core: ScriptedCore, orchestrator: FakeOrchestrator
 ) -> None:
     poller.heartbeat.beat()
     core.outcome = MediaError("no sound")
-    far_side.jobs.extend([JOB, JOB])
+    orchestrator.jobs.extend([JOB, JOB])
     poller.step()
     core.outcome = a_result()
     poller.step()
-    assert [call.body["status"] for call in far_side.of("status", "b-1")] == ["failed", "succeeded"]
+    assert [call.body["status"] for call in orchestrator.of("status", "b-1")] == ["failed", "succeeded"]
 
 
 @pytest.mark.parametrize("status", [404, 409, 400])
-def test_an_end_that_nobody_wants_is_dropped(poller: Poller, far_side: FakeOrchestrator, status: int) -> None:
+def test_a_rejected_outcome_is_dropped(poller: Poller, orchestrator: FakeOrchestrator, status: int) -> None:
     poller.heartbeat.beat()
-    far_side.faults.append(Times("status", 1, Answer(status)))
-    far_side.jobs.append(JOB)
+    orchestrator.faults.append(Times("status", 1, Answer(status)))
+    orchestrator.jobs.append(JOB)
     poller.step()
     assert poller.outbox.reports() == []
 
 
-def test_claims_go_on_while_an_end_waits(poller: Poller, far_side: FakeOrchestrator) -> None:
+def test_claims_continue_while_an_outcome_waits(poller: Poller, orchestrator: FakeOrchestrator) -> None:
     poller.heartbeat.beat()
-    far_side.faults.append(Times("status", 10**6, Answer(500)))
-    far_side.jobs.extend([JOB, {**JOB, "buffer_job_id": "b-2"}])
+    orchestrator.faults.append(Times("status", 10**6, Answer(500)))
+    orchestrator.jobs.extend([JOB, {**JOB, "buffer_job_id": "b-2"}])
     poller.step()
     poller.step()
     assert len(poller.outbox.reports()) == 2
-    far_side.faults.clear()
+    orchestrator.faults.clear()
     poller._deliver(force=True)
     assert poller.outbox.reports() == []
 
 
 def test_the_job_of_a_killed_process_is_handed_back_once(
-    core: ScriptedCore, far_side: FakeOrchestrator, tmp_path: Path
+    core: ScriptedCore, orchestrator: FakeOrchestrator, tmp_path: Path
 ) -> None:
     (tmp_path / "claimed.json").write_text('{"id": "b-9"}', encoding="utf-8")
 
     def look() -> list[Any]:
-        poller = make_poller(core, far_side, tmp_path)
-        poller.hand_back_orphan()
+        poller = make_poller(core, orchestrator, tmp_path)
+        poller.report_orphan()
         return poller.outbox.reports()
 
     ((_, report),) = look()
@@ -208,18 +208,18 @@ def test_the_job_of_a_killed_process_is_handed_back_once(
 
 
 def test_the_end_that_was_reached_wins_over_the_process_that_died(
-    core: ScriptedCore, far_side: FakeOrchestrator, tmp_path: Path
+    core: ScriptedCore, orchestrator: FakeOrchestrator, tmp_path: Path
 ) -> None:
     Outbox(tmp_path / "outbox").put(Report("b-9", {"status": "succeeded"}, 1.0))
     (tmp_path / "claimed.json").write_text('{"id": "b-9"}', encoding="utf-8")
-    poller = make_poller(core, far_side, tmp_path)
-    poller.hand_back_orphan()
+    poller = make_poller(core, orchestrator, tmp_path)
+    poller.report_orphan()
     ((_, report),) = poller.outbox.reports()
     assert report.body["status"] == "succeeded"
 
 
-def test_a_heartbeat_tells_the_last_error_once(poller: Poller, far_side: FakeOrchestrator) -> None:
-    poller.heartbeat.tell("something broke")
+def test_a_heartbeat_carries_the_last_error_once(poller: Poller, orchestrator: FakeOrchestrator) -> None:
+    poller.heartbeat.send_now("something broke")
     poller.heartbeat.beat()
     poller.heartbeat.beat()
-    assert [call.body["error"] for call in far_side.of("heartbeat")] == ["something broke", None]
+    assert [call.body["error"] for call in orchestrator.of("heartbeat")] == ["something broke", None]

@@ -180,7 +180,7 @@ def test_an_empty_or_missing_output_is_refused(store: LocalStore, video: Path) -
 
 
 @pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, DiskFullError), (errno.EACCES, StorageError)])
-def test_disk_errors_are_told_without_paths(
+def test_disk_errors_contain_no_paths(
     store: LocalStore, video: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
 ) -> None:
     def fail(descriptor: int) -> None:

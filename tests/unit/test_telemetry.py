@@ -61,7 +61,7 @@ def test_an_unforeseen_error_says_where_it_happened() -> None:
     assert caught.value.stage == "upload"  # type: ignore[attr-defined]
 
 
-def test_an_exception_is_told_with_places_but_without_folders() -> None:
+def test_a_logged_exception_has_places_but_no_folders() -> None:
     try:
         raise RuntimeError("broken")
     except RuntimeError as error:

@@ -135,7 +135,7 @@ def test_a_file_is_found_under_its_other_names(models: Path, tmp_path: Path, off
 
 
 @pytest.mark.parametrize("version", ["v15", "v1"])
-def test_every_missing_file_is_told_with_size_purpose_and_source(tmp_path: Path, version: weights.ModelVersion) -> None:
+def test_each_missing_file_is_named_with_size_purpose_and_source(tmp_path: Path, version: weights.ModelVersion) -> None:
     error = refusal(lambda: weights.locate(tmp_path, version), tmp_path)
     wanted = [entry for entry in manifest.wanted(manifest.MANIFEST, version) if entry.is_needed]
     assert error.details["missing"] == [entry.name for entry in wanted]
@@ -249,7 +249,7 @@ def test_digests_are_those_of_the_whole_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["whisper/pytorch_model.bin", "whisper/model.safetensors"])
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "text"),
     [
         (b"", "is empty"),
         (b"\n <!DOCTYPE html><html><body>Not found</body></html>", "is a web page"),
@@ -262,13 +262,13 @@ def test_digests_are_those_of_the_whole_file(tmp_path: Path) -> None:
         (b"PK\x05\x06" + b"\x00" * 18, "torch checkpoint|safetensors file"),
     ],
 )
-def test_what_downloads_leave_behind_is_told_in_words(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+def test_leftovers_of_downloads_are_named_in_words(tmp_path: Path, name: str, content: bytes, text: str) -> None:
     path = tmp_path / name
     path.parent.mkdir()
     path.write_bytes(content)
     error = refusal(lambda: weights.read_state(path), tmp_path)
     assert str(error).startswith(f"{name} ")
-    assert any(words in str(error) for words in told.split("|"))
+    assert any(words in str(error) for words in text.split("|"))
     assert "expected 151,095,027 bytes, Whisper (its encoder is used), from Hugging Face openai/whisper-tiny" in str(
         error
     )
@@ -310,7 +310,7 @@ def test_a_path_in_a_librarys_message_is_not_passed_on(
 
 
 @pytest.mark.parametrize("form", ["zipped", "legacy", "safetensors"])
-def test_a_file_cut_anywhere_is_told(tmp_path: Path, form: str) -> None:
+def test_a_file_cut_anywhere_is_named(tmp_path: Path, form: str) -> None:
     path = tmp_path / "musetalkV15" / ("unet.safetensors" if form == "safetensors" else "unet.pth")
     path.parent.mkdir()
     if form == "safetensors":
@@ -416,7 +416,7 @@ def test_values_beyond_single_precision_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "text"),
     [
         (torch.eye(3).to_sparse(), "something other than plain numbers"),
         (torch.ones(3, device="meta"), "something other than plain numbers"),
@@ -425,13 +425,13 @@ def test_values_beyond_single_precision_are_refused(tmp_path: Path) -> None:
     ],
     ids=["sparse", "meta", "complex", "expanded"],
 )
-def test_tensors_no_network_can_take_are_refused(tmp_path: Path, value: Tensor, told: str) -> None:
+def test_tensors_no_network_can_take_are_refused(tmp_path: Path, value: Tensor, text: str) -> None:
     torch.save({**STATE, "late.bias": value}, tmp_path / "unet.pth")
     error = refusal(lambda: weights.read_state(tmp_path / "unet.pth"), tmp_path)
-    assert f"{told} (in late.bias)" in str(error)
+    assert f"{text} (in late.bias)" in str(error)
 
 
-def test_a_checkpoint_in_the_oldest_format_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_in_the_oldest_format_is_named(tmp_path: Path) -> None:
     path = tmp_path / "resnet18-5c106cde.pth"
     with tarfile.open(path, "w") as archive:
         for name in ("sys_info", "pickle", "storages", "tensors"):
@@ -592,7 +592,7 @@ def test_configurations_lose_their_private_entries(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "text"),
     [
         (None, "is missing"),
         (b"", "is not a readable JSON file"),
@@ -603,13 +603,13 @@ def test_configurations_lose_their_private_entries(tmp_path: Path) -> None:
         (b"null", "does not hold a JSON object"),
     ],
 )
-def test_a_broken_configuration_is_named(tmp_path: Path, content: bytes | None, told: str) -> None:
+def test_a_broken_configuration_is_named(tmp_path: Path, content: bytes | None, text: str) -> None:
     path = tmp_path / "whisper/config.json"
     path.parent.mkdir()
     if content is not None:
         path.write_bytes(content)
     error = refusal(lambda: weights.read_config(path), tmp_path)
-    assert str(error).startswith(f"whisper/config.json {told}")
+    assert str(error).startswith(f"whisper/config.json {text}")
     assert "configuration of Whisper" in str(error)
 
 
@@ -647,7 +647,7 @@ def refusal_of_loading(network: nn.Module, state: dict[str, Tensor]) -> WeightsE
     return caught.value
 
 
-def test_a_checkpoint_of_another_network_is_told(models: Path) -> None:
+def test_a_checkpoint_of_another_network_is_named(models: Path) -> None:
     state = weights.read_state(models / "s3fd-619a316812.pth")
     message = str(refusal_of_loading(nn.Linear(3, 2), state))
     assert f"2 missing (bias, weight), {len(state)} unexpected (conv1_1.bias, " in message
@@ -673,9 +673,9 @@ def test_what_a_library_raises_becomes_an_error_that_names_the_file(error: type[
         with weights.loading("dw-ll_ucoco_384.pth"):
             raise error("the first line\nthe second line")
 
-    told = refusal(fail)
-    assert str(told).startswith("dw-ll_ucoco_384.pth cannot be loaded (")
-    assert "landmarks (RTMPose-l, whole body)" in str(told)
+    refused = refusal(fail)
+    assert str(refused).startswith("dw-ll_ucoco_384.pth cannot be loaded (")
+    assert "landmarks (RTMPose-l, whole body)" in str(refused)
 
 
 def test_our_own_error_passes_unchanged() -> None:

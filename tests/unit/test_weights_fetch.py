@@ -53,7 +53,7 @@ def hub(official: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 class Caller:
-    """One fetch after another into one folder, with what was told and how long it would have waited."""
+    """One fetch after another into one folder, with its messages and how long it would have waited."""
 
     def __init__(self, hub: FakeHub, official: Path, models_dir: Path) -> None:
         self.hub, self.models_dir = hub, models_dir
@@ -172,7 +172,7 @@ def test_a_file_that_is_not_needed_may_be_absent(caller: Caller) -> None:
 
 
 @pytest.mark.parametrize(("name", "place"), [(UNET, UNET_AT), (S3FD, S3FD)])
-def test_a_cut_connection_is_gone_on_with(caller: Caller, official: Path, name: str, place: str) -> None:
+def test_a_cut_connection_is_resumed(caller: Caller, official: Path, name: str, place: str) -> None:
     size = (official / name).stat().st_size
     caller.hub.orders[place] = [Order(cut_after=1000), Order(cut_after=0), Order(cut_after=500), Order(status=503)]
     caller.fetch()
@@ -184,7 +184,7 @@ def test_a_cut_connection_is_gone_on_with(caller: Caller, official: Path, name: 
     assert size > 1500
 
 
-def test_a_reset_connection_is_gone_on_with(caller: Caller, official: Path) -> None:
+def test_a_reset_connection_is_resumed(caller: Caller, official: Path) -> None:
     caller.hub.orders[UNET_AT] = [Order(cut_after=50_000, resets=True)] * 3
     caller.fetch()
     assert same(caller.models_dir, official, UNET)
@@ -196,17 +196,17 @@ def test_a_host_that_knows_no_ranges_sends_all_again(caller: Caller, official: P
     assert same(caller.models_dir, official, UNET)
 
 
-def test_an_interrupted_fetch_is_gone_on_with_by_the_next(caller: Caller, official: Path) -> None:
+def test_an_interrupted_fetch_is_resumed_by_the_next(caller: Caller, official: Path) -> None:
     caller.hub.orders[UNET_AT] = [Order(cut_after=1000)] + [Order(status=502)] * fetching.TRIES
     error = caller.refusal()
     assert error.retryable
     assert str(error) == (
         f"{UNET} could not be fetched from Hugging Face TMElyralab/MuseTalk: the host answered 502, 6 tries in a row; "
-        "what came is kept and gone on with next time"
+        "received bytes are kept and resumed next time"
     )
     assert [part.stat().st_size for part in caller.parts()] == [1000]
     (finding,) = (f for f in verify(caller.models_dir, "v15", manifest=caller.files) if f.name == UNET)
-    assert (finding.verdict, "1,000 bytes of it came" in finding.text) == ("missing", True)
+    assert (finding.verdict, "1,000 bytes of it arrived" in finding.text) == ("missing", True)
     caller.hub.seen.clear()
     caller.fetch()
     assert [seen.headers.get("range") for seen in caller.hub.requests_for("unet.pth")] == ["bytes=1000-"]
@@ -214,7 +214,7 @@ def test_an_interrupted_fetch_is_gone_on_with_by_the_next(caller: Caller, offici
     assert caller.parts() == []
 
 
-def test_a_part_of_another_version_of_the_file_is_not_gone_on_with(caller: Caller, official: Path) -> None:
+def test_a_part_of_another_version_of_the_file_is_not_resumed(caller: Caller, official: Path) -> None:
     caller.hub.orders[UNET_AT] = [Order(cut_after=1000)] + [Order(status=502)] * fetching.TRIES
     caller.refusal()
     (part,) = caller.parts()
@@ -242,7 +242,7 @@ def test_a_host_that_hesitates_is_asked_again(caller: Caller, official: Path) ->
     assert same(caller.models_dir, official, UNET)
 
 
-def test_a_hub_that_is_not_there_is_told_without_its_address(caller: Caller) -> None:
+def test_an_error_about_a_missing_hub_contains_no_address(caller: Caller) -> None:
     caller.hub.url = "http://127.0.0.1:1"
     error = caller.refusal()
     assert error.retryable
@@ -253,7 +253,7 @@ def test_two_fetches_into_one_folder_fetch_once(caller: Caller, hub: FakeHub, of
     hub.orders[UNET_AT] = [Order(cut_after=1000, holds=True)]
     second = Caller(hub, official, caller.models_dir)
     waits = threading.Event()
-    second.said = _Telling(waits)
+    second.said = _Messages(waits)
     first_thread, second_thread = threading.Thread(target=caller.fetch), threading.Thread(target=second.fetch)
     first_thread.start()
     assert hub.is_held.wait(30)
@@ -267,21 +267,21 @@ def test_two_fetches_into_one_folder_fetch_once(caller: Caller, hub: FakeHub, of
     assert same(caller.models_dir, official, UNET)
 
 
-class _Telling(list[str]):
-    def __init__(self, told: threading.Event) -> None:
+class _Messages(list[str]):
+    def __init__(self, arrived: threading.Event) -> None:
         super().__init__()
-        self._told = told
+        self._arrived = arrived
 
     def append(self, text: str) -> None:
         super().append(text)
-        self._told.set()
+        self._arrived.set()
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("known", [64, 16])
-def test_a_wrong_sum_is_told_and_the_file_is_gone(caller: Caller, official: Path, known: int) -> None:
+def test_a_wrong_checksum_is_reported_and_the_file_removed(caller: Caller, official: Path, known: int) -> None:
     right = (official / UNET).read_bytes()
     wrong = right[:-1] + bytes([right[-1] ^ 1])
     caller.hub.orders[UNET_AT] = [Order(body=wrong)]
@@ -303,14 +303,14 @@ def test_a_wrong_sum_is_told_and_the_file_is_gone(caller: Caller, official: Path
     assert UNET in caller.fetch()
 
 
-def test_another_file_on_the_hub_is_told_before_it_is_fetched(caller: Caller, official: Path) -> None:
+def test_another_file_on_the_hub_is_reported_before_it_is_fetched(caller: Caller, official: Path) -> None:
     size = (official / UNET).stat().st_size
-    caller.hub.files[UNET_AT].told_size = 12
+    caller.hub.files[UNET_AT].announced_size = 12
     assert str(caller.refusal()) == (
         f"{UNET}: Hugging Face TMElyralab/MuseTalk holds another file of 12 bytes, expected {size:,}"
     )
-    caller.hub.files[UNET_AT].told_size = None
-    caller.hub.files[UNET_AT].told_sum = "ab" * 32
+    caller.hub.files[UNET_AT].announced_size = None
+    caller.hub.files[UNET_AT].announced_sum = "ab" * 32
     assert f"holds another file, SHA-256 {'ab' * 32}, expected {caller.entry(UNET).sha256}" in str(caller.refusal())
     assert not any(seen.method == "GET" for seen in caller.hub.seen)
 
@@ -321,9 +321,9 @@ def test_a_file_nothing_is_published_of_is_held_to_what_the_hub_says(caller: Cal
     right = (official / UNET).read_bytes()
     caller.hub.orders[UNET_AT] = [Order(body=bytes(len(right)))]
     assert "came with the SHA-256" in str(caller.refusal())
-    caller.hub.files[f"TMElyralab/MuseTalk/{CONFIG}"].told_sum = "cd" * 20
+    caller.hub.files[f"TMElyralab/MuseTalk/{CONFIG}"].announced_sum = "cd" * 20
     assert f"expected {'cd' * 20}" in str(caller.refusal())
-    caller.hub.files[f"TMElyralab/MuseTalk/{CONFIG}"].told_sum = None
+    caller.hub.files[f"TMElyralab/MuseTalk/{CONFIG}"].announced_sum = None
     caller.fetch()
     assert same(caller.models_dir, official, UNET)
 
@@ -373,7 +373,7 @@ def test_s3fd_from_an_address_signed_for_get_alone(caller: Caller, official: Pat
     assert caller.progress[-1].percent == 100
 
 
-def test_offline_is_told_with_the_file_that_is_missing(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_names_the_missing_file(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     error = caller.refusal()
     assert str(error) == f"{UNET} is missing and cannot be fetched: HF_HUB_OFFLINE is set"
@@ -386,7 +386,7 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_too_little_room_is_told_before_anything_comes(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_room_is_reported_before_anything_arrives(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     total = sum(entry.n_bytes or 0 for entry in caller.files if "v15" in entry.versions)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(10, 0, total - 1))
     error = caller.refusal()
@@ -399,7 +399,7 @@ def test_too_little_room_is_told_before_anything_comes(caller: Caller, monkeypat
     caller.fetch()
 
 
-def test_a_folder_that_cannot_be_made_is_told_without_its_path(caller: Caller) -> None:
+def test_an_error_about_an_unusable_folder_contains_no_path(caller: Caller) -> None:
     caller.models_dir.write_text("a file")
     assert str(caller.refusal()).startswith("the models folder cannot be made (")
 
@@ -571,7 +571,7 @@ def test_missing_files_cannot_be_converted(tmp_path: Path) -> None:
 # -- verified ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_fault_is_told_for_itself(official: Path, tmp_path: Path) -> None:
+def test_every_fault_has_its_own_verdict(official: Path, tmp_path: Path) -> None:
     models_dir, files = tmp_path / "models", manifest_of(official, prefix=16)
     shutil.copytree(official, models_dir)
     files = tuple(replace(e, n_bytes=None, sha256=None) if e.name == "sd-vae/config.json" else e for e in files)
@@ -583,8 +583,8 @@ def test_every_fault_is_told_for_itself(official: Path, tmp_path: Path) -> None:
     (models_dir / "whisper/preprocessor_config.json").unlink()
     (models_dir / "sd-vae/config.json").write_text("{")
     findings = {finding.name: finding for finding in verify(models_dir, "v15", manifest=files)}
-    told = {name: finding.verdict for name, finding in findings.items() if finding.verdict != "ok"}
-    assert told == {
+    verdicts = {name: finding.verdict for name, finding in findings.items() if finding.verdict != "ok"}
+    assert verdicts == {
         UNET: "cut short",
         VAE: "too long",
         POSE: "wrong",
@@ -612,7 +612,7 @@ def test_every_official_file_has_one_place_it_is_fetched_from() -> None:
         assert entry.source
 
 
-# -- told on a terminal -----------------------------------------------------------------------------------------------
+# -- on a terminal ----------------------------------------------------------------------------------------------------
 
 
 class Terminal(io.StringIO):

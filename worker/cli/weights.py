@@ -29,7 +29,7 @@ def _parse_arguments(arguments: Sequence[str] | None, settings: Settings) -> arg
     )
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
-        "fetch": "bring what is missing; an interrupted fetch is gone on with",
+        "fetch": "fetch missing files; interrupted downloads resume",
         "verify": "say file by file what is there, missing, cut short or wrong; exit status 1 unless all is well",
         "convert": "write float16 safetensors (float32 for the face networks) beside the checkpoints",
     }
@@ -90,7 +90,7 @@ def _fetch(given: argparse.Namespace, settings: Settings) -> int:
             watcher=watcher,
             room_for_conversion=given.convert,
         )
-    print(f"{len(fetched)} files fetched" if fetched else "nothing to fetch: all files are there")
+    print(f"{len(fetched)} files fetched" if fetched else "nothing to fetch: all files are present")
     return _convert(given) if given.convert else 0
 
 
@@ -115,7 +115,7 @@ def _verify(given: argparse.Namespace) -> int:
     if not bad:
         print(f"all files of {given.version} are there and right")
         return 0
-    print(f"{len(bad)} of {len(findings)} files are not as they should be; `fetch` brings them")
+    print(f"{len(bad)} of {len(findings)} files are not as they should be; `fetch` replaces them")
     return 1
 
 
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        _say("stopped; the same command goes on where it stopped")
+        _say("stopped; run the same command again to resume")
         return 130
 
 

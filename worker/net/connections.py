@@ -56,7 +56,7 @@ class CutSwitch:
 
 
 def _shut(open_socket: socket.socket) -> None:
-    # Not SSLSocket.shutdown: it drops the TLS layer, and a read under way would go on with the bare bytes.
+    # Not SSLSocket.shutdown: it drops the TLS layer, and a read under way would continue on the encrypted bytes.
     with contextlib.suppress(OSError):
         socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
 

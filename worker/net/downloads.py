@@ -162,7 +162,7 @@ def fetch_together(
         parts = [pool.submit(contextvars.copy_context().run, bring, one) for one in wanted]
     errors = [error for part in parts if (error := part.exception()) is not None]
     if errors:
-        # One that was stopped because of another has nothing to tell.
+        # A download that was stopped because of another one is not the cause.
         raise next((error for error in errors if not isinstance(error, CancelledError)), errors[0])
     return [part.result() for part in parts]
 
@@ -211,7 +211,7 @@ class _Watch:
     def check(self) -> None:
         """Raise CancelledError or _TimeUpError when it is time to end."""
         if self._should_stop():
-            raise CancelledError("the job was told to stop during the download")
+            raise CancelledError("the job was stopped during the download")
         if self.left() <= 0:
             raise _TimeUpError
 
@@ -361,7 +361,7 @@ class _Download:
 
     @contextlib.contextmanager
     def _follow(self, headers: Mapping[str, str]) -> Iterator[requests.Response]:
-        """The answer to a GET after its redirects, every hop judged anew."""
+        """The answer to a GET after its redirects; every hop is checked again."""
         url = self.url
         for _ in range(self.settings.max_redirects + 1):
             target = parse_target(url)
@@ -575,6 +575,6 @@ def _local_path(url: str, settings: DownloadSettings) -> Path:
         is_inside = any(path.is_relative_to(root.resolve()) for root in settings.file_url_roots)
     except (OSError, RuntimeError):
         is_inside = False
-    if not is_inside:  # said before anything tells whether the file exists
+    if not is_inside:  # refused first, so that the answer does not reveal whether the file exists
         raise DownloadError("the address was refused: it leads outside the allowed folders", url="file:…")
     return path

@@ -138,7 +138,7 @@ function start() {
   const request = new XMLHttpRequest();
   request.open("POST", "/generate");
   for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
-  request.upload.addEventListener("progress", (event) => told("upload_here", event.loaded, event.total));
+  request.upload.addEventListener("progress", (event) => showProgress("upload_here", event.loaded, event.total));
   request.addEventListener("load", () => ended(request));
   request.addEventListener("error", () => {
     stop();
@@ -150,7 +150,7 @@ function start() {
   show("cancel");
   by("go").disabled = by("use-demo").disabled = by("cancel").disabled = false;
   by("go").disabled = true;
-  told("upload_here", 0, 1);
+  showProgress("upload_here", 0, 1);
   request.send(body);
 }
 
@@ -167,11 +167,11 @@ async function poll(id) {
     const answer = await fetch(`/generate/${id}`, { headers: headers() });
     if (!answer.ok || !running || running.id !== id) return;
     const now = await answer.json();
-    if (running && running.id === id) told(now.stage, now.done, now.total);
-  } catch { /* The job's own request tells when the worker is gone. */ }
+    if (running && running.id === id) showProgress(now.stage, now.done, now.total);
+  } catch { /* The request of the job itself reports when the worker is gone. */ }
 }
 
-function told(stage, done, total) {
+function showProgress(stage, done, total) {
   const text = stages[stage] || stage;
   const counted = stage === "inference" || stage === "upload_here";
   if (counted && total) by("bar").value = 100 * done / total; else by("bar").removeAttribute("value");
@@ -196,7 +196,7 @@ by("cancel").addEventListener("click", () => {
 
 async function ended(request) {
   let body = {};
-  try { body = JSON.parse(request.responseText); } catch { /* told below by its status */ }
+  try { body = JSON.parse(request.responseText); } catch { /* reported below by its status */ }
   stop();
   if (request.status === 200) await succeeded(body); else explain(request, body);
 }
@@ -259,7 +259,7 @@ async function succeeded(result) {
   by("result").scrollIntoView({ block: "start" });
 }
 
-// The source follows the result; a short source goes to and fro there, so beyond its end it stays on its last frame.
+// The source follows the result; a short source plays back and forth there, so beyond its end it stays on its last frame.
 for (const event of ["play", "pause", "seeked"]) {
   by("after").addEventListener(event, () => {
     const before = by("before");
