@@ -389,8 +389,8 @@ def _client_errors() -> tuple[type[Exception], ...]:
 
 def _gave_up(entry: WeightFile, fault: _FaultError) -> WeightsError:
     return WeightsError(
-        f"{entry.name} could not be fetched from {entry.source}: {fault}, {TRIES} tries in a row; received bytes are kept "
-        "and resumed next time",
+        f"{entry.name} could not be fetched from {entry.source}: {fault}, {TRIES} tries in a row; "
+        "received bytes are kept and resumed next time",
         file=entry.name,
         retryable=True,
     )

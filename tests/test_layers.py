@@ -33,6 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "worker/web/openapi": {"worker/jobs"},
     "worker/web/playground": {*ERRORS, "worker/config", "worker/jobs", "worker/work_dir"},
     "worker/cli/weights": {*MODEL, "worker/config"},
+    # Runs alone while the image is built.
+    "worker/cli/salad_binary": set(),
     "worker/cli/render": {
         *MODEL,
         *(f"worker/{name}" for name in ("config", "engine", "jobs", "telemetry", "cli/weights")),
