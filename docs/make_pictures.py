@@ -1,4 +1,4 @@
-"""Draws the documents' pictures anew: the demo model on the project's own portrait, nothing of anybody else.
+"""Draw the documents' pictures again: the demo model on the project's own portrait, nothing of anybody else.
 
 .venv/bin/python -m docs.make_pictures [--folder docs/pictures]
 """
@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from demo.evaluate import read_frames
 from demo.make_pair import AVATAR, SPEECH
@@ -36,6 +37,11 @@ Picture = NDArray[np.uint8]
 _HEAD = (slice(60, 420), slice(110, 402))
 _MOUTH = (slice(225, 355), slice(175, 337))
 _QUALITY = 85
+# The animation: every second frame of the first four seconds, at half the pixels, so that it stays near 1 MB.
+_ANIMATED = slice(0, 100, 2)
+_ANIMATION_STEP_MS = 80
+_ANIMATION_HEIGHT = 240
+_ANIMATION_COLOURS = 128
 _PINK = (180, 60, 255)
 
 
@@ -70,6 +76,23 @@ def save(folder: Path, name: str, picture: Picture) -> None:
     print(f"{path.name}: {picture.shape[1]} x {picture.shape[0]}, {path.stat().st_size / 1024:.0f} KB")
 
 
+def save_animation(folder: Path, name: str, pictures: list[Picture]) -> None:
+    """Write a GIF that repeats, with one palette for all frames, and say how large it is."""
+    # Lips cover few pixels: a palette of one whole frame would paint them grey, so it sees the lower right of all.
+    height, width = pictures[0].shape[:2]
+    mouth = (slice(round(0.62 * height), round(0.8 * height)), slice(round(0.67 * width), round(0.83 * width)))
+    sample = np.vstack([pictures[0].reshape(-1, 3), *(picture[mouth].reshape(-1, 3) for picture in pictures)])
+    palette = _image(sample[None]).quantize(_ANIMATION_COLOURS, method=Image.Quantize.MEDIANCUT)
+    first, *others = [_image(picture).quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    path = folder / f"{name}.gif"
+    first.save(path, save_all=True, append_images=others, duration=_ANIMATION_STEP_MS, loop=0, optimize=True)
+    print(f"{path.name}: {first.width} x {first.height}, {path.stat().st_size / 1024:.0f} KB")
+
+
+def _image(picture: Picture) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(picture[..., ::-1]))
+
+
 def liveliest(frames: list[Picture], count: int) -> list[int]:
     """Frames with the most different mouths, in order of time: each the farthest from those chosen before."""
     mouths = np.stack([cv2.resize(frame[_MOUTH], (24, 20)).astype(np.float32).ravel() for frame in frames])
@@ -95,6 +118,10 @@ def main() -> None:
         source = [np.asarray(frame, np.uint8) for frame in read_frames(AVATAR)]
         picks = liveliest(usual, 6)
         save(folder, "speaking", row([usual[pick][_HEAD] for pick in picks], 200))
+        pairs = list(zip(source, usual, strict=False))[_ANIMATED]
+        save_animation(
+            folder, "demo", [row([before[_HEAD], after[_HEAD]], _ANIMATION_HEIGHT) for before, after in pairs]
+        )
         widest = max(picks, key=lambda pick: float(np.abs(usual[pick][_MOUTH].astype(int) - source[0][_MOUTH]).mean()))
         for title, choices in _COMPARED.items():
             shown = [source[min(widest, len(source) - 1)][_MOUTH]]
