@@ -237,7 +237,7 @@ def compare_loops(models: Models, folder: Path) -> Picture:
     with av.open(str(AVATAR)) as given, av.open(str(short), "w") as container:
         stream: Any = container.add_stream("libx264", rate=25, options={"crf": "12"})
         stream.width, stream.height, stream.pix_fmt = 512, 512, "yuv420p"
-        # The head turns fast enough there to tell one way from the other.
+        # The head turns fast enough there to distinguish one way from the other.
         for index, frame in enumerate(given.decode(video=0)):
             if index % 6 == 0 and index < 150:
                 picture = frame.reformat(format="yuv420p")

@@ -106,14 +106,6 @@ def test_description_holds_json_values_only() -> None:
     assert "*.b.example" in described
 
 
-def test_readme_and_env_example_name_every_variable_and_parameter_as_the_code_has_them() -> None:
-    from tests.readme_tables import env_example, with_tables
-
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_tables(readme) == readme
-    assert (ROOT / ".env.example").read_text(encoding="utf-8") == env_example()
-
-
 def test_the_worker_has_one_name_by_the_rule_of_its_mode() -> None:
     both = {"WORKER_ID": "mine", "SALAD_MACHINE_ID": "salad", "VAST_CONTAINERLABEL": "C.7"}
     assert load(**both).worker_id == "salad"
