@@ -19,8 +19,8 @@ from pathlib import Path
 
 import requests
 
-from tests.e2e.test_render import make_audio, make_source
 from tests.support.fake_orchestrator import FakeOrchestrator
+from tests.support.rendering import make_audio, make_source
 from tests.support.server import Server
 from tests.support.tiny_models import write_tiny_models
 

@@ -17,40 +17,12 @@ from werkzeug.test import TestResponse
 
 from app import create_app
 from musetalk.errors import MediaError, NoFaceError, OutOfMemoryError, UnavailableError
-from musetalk_core import Core
 from tests.support.results import a_result
-from worker.config import load_settings
-from worker.jobs import Job, JobResult
+from tests.support.scripted_core import ScriptedCore
 from worker.readiness import Readiness
 from worker.web import openapi
 
 GOOD = {"musetalk_job_id": "job-1", "video_url": "https://host/a.mp4", "audio_url": "https://host/a.wav"}
-
-
-class ScriptedCore(Core):
-    """A real core whose work is replaced: `outcome` is returned or raised."""
-
-    def __init__(self, folder: Path, **environment: str) -> None:
-        folders = {
-            "OUTPUT_DIR": str(folder / "outputs"),
-            "WORK_DIR": str(folder / "work"),
-            "AVATAR_DIR": str(folder / "a"),
-        }
-        super().__init__(load_settings({**folders, "GPU_CLASS": "RTX", **environment}, None))
-        self.state = Readiness("ready", "v15")
-        self.jobs: list[Job] = []
-        self.outcome: BaseException | JobResult | None = None
-
-    @property
-    def readiness(self) -> Readiness:
-        return self.state
-
-    def run_job(self, job: Job, **_callbacks: Any) -> JobResult:
-        self.jobs.append(job)
-        if isinstance(self.outcome, BaseException):
-            raise self.outcome
-        assert self.outcome is not None
-        return self.outcome
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from werkzeug.test import TestResponse
 
 from app import create_app
 from musetalk.errors import MediaError
-from tests.contract.test_http import ScriptedCore
+from tests.support.scripted_core import ScriptedCore
 from worker.job_control import JobProgress
 from worker.jobs import Job, JobResult
 from worker.readiness import Readiness

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from musetalk_core import Core
+from tests.support.outside import MEDIA_DIR
 from tests.support.tiny_models import write_tiny_models
 from worker.config import load_settings
-
-SHARED_MEDIA = Path(__file__).resolve().parents[3] / "shared" / "media"
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +55,7 @@ def core(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Core:
 
 @pytest.fixture
 def real_clip() -> tuple[Path, Path]:
-    """A real talking-head clip and a speech track, where they lie beside this checkout."""
-    source, audio = SHARED_MEDIA / "yongen.mp4", SHARED_MEDIA / "yongen.wav"
-    if not source.is_file() or not audio.is_file():
-        pytest.skip("no sample media beside this checkout")
-    return source, audio
+    """A real talking-head clip and a speech track, from MEDIA_DIR."""
+    if MEDIA_DIR is None:
+        pytest.skip("MEDIA_DIR is not set")
+    return MEDIA_DIR / "yongen.mp4", MEDIA_DIR / "yongen.wav"

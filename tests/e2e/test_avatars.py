@@ -11,61 +11,14 @@ import numpy as np
 import pytest
 
 from musetalk.avatars import SUFFIX, read_avatar
-from musetalk.geometry import Box
 from musetalk_core import Core
-from tests.e2e.test_render import FACE, SomeFaces, frames_of, make_audio, make_source, render
-from worker.config import load_settings
-from worker.engine import Rendered, engine_around
-
-
-class MovingFaces(SomeFaces):
-    """The box moves with the number a frame shows."""
-
-    def box(self, number: int) -> Box:
-        return super().box(number).shifted(number % 3, number % 2)
-
-
-class Worker:
-    """A core with its own avatars and the loaded networks of another, which counts their calls."""
-
-    def __init__(self, loaded: Core, folder: Path, **variables: str) -> None:
-        settings = {
-            "MUSETALK_DEVICE": "cpu",
-            "WORK_DIR": str(folder / "work"),
-            "OUTPUT_DIR": str(folder / "outputs"),
-            "AVATAR_DIR": str(folder / "avatars"),
-            "BATCH_SIZE": "4",
-        }
-        self.core = Core(load_settings({**settings, **variables}, env_file=None))
-        self.faces = MovingFaces()
-        models = replace(loaded.engine.models, faces=self.faces)
-        self.core.engine = engine_around(self.core.settings, models, self.core.settings.batch_size)
-        self.n_encoded = 0
-
-    def render(self, source: Path, audio: Path, output: Path, **params: Any) -> Rendered:
-        """A job; the detector's and encoder's counts start again."""
-        self.faces.seen.clear()
-        self.n_encoded = 0
-        generator = self.core.engine.models.generator
-        encode = generator.encode
-
-        def counting(crops: Any) -> Any:
-            self.n_encoded += len(crops)
-            return encode(crops)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(generator, "encode", counting)
-            rendered = render(self.core, source, audio, output, **{"face_box": None, **params})
-        cache = self.core.engine.avatars
-        if cache is not None:
-            cache.flush()
-        return rendered
+from tests.support.rendering import FACE, CountingWorker, frames_of, make_audio, make_source
 
 
 @pytest.fixture
-def start(core: Core, tmp_path: Path) -> Callable[..., Worker]:
-    def make(name: str = "worker", **variables: str) -> Worker:
-        return Worker(core, tmp_path / name, **variables)
+def start(core: Core, tmp_path: Path) -> Callable[..., CountingWorker]:
+    def make(name: str = "worker", **variables: str) -> CountingWorker:
+        return CountingWorker(core, tmp_path / name, **variables)
 
     return make
 
@@ -82,7 +35,7 @@ def same_within_one_level(first: Path, second: Path) -> bool:
 
 
 def test_the_second_video_is_the_first_to_the_byte_without_searching_or_encoding(
-    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+    start: Callable[..., CountingWorker], media_of: tuple[Path, Path], tmp_path: Path
 ) -> None:
     worker = start()
     cold = worker.render(*media_of, tmp_path / "cold.mp4")
@@ -98,7 +51,7 @@ def test_the_second_video_is_the_first_to_the_byte_without_searching_or_encoding
 
 
 def test_the_same_bytes_under_another_name_and_another_speech_are_the_same_source(
-    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+    start: Callable[..., CountingWorker], media_of: tuple[Path, Path], tmp_path: Path
 ) -> None:
     worker = start()
     worker.render(*media_of, tmp_path / "cold.mp4")
@@ -109,7 +62,7 @@ def test_the_same_bytes_under_another_name_and_another_speech_are_the_same_sourc
 
 
 def test_a_restarted_worker_still_knows_the_source(
-    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+    start: Callable[..., CountingWorker], media_of: tuple[Path, Path], tmp_path: Path
 ) -> None:
     start().render(*media_of, tmp_path / "cold.mp4")
     restarted = start()
@@ -119,7 +72,7 @@ def test_a_restarted_worker_still_knows_the_source(
 
 
 def test_a_broken_file_is_prepared_again_and_replaced(
-    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+    start: Callable[..., CountingWorker], media_of: tuple[Path, Path], tmp_path: Path
 ) -> None:
     start().render(*media_of, tmp_path / "cold.mp4")
     (path,) = (tmp_path / "worker/avatars").iterdir()
@@ -146,7 +99,7 @@ def test_a_broken_file_is_prepared_again_and_replaced(
     ids=lambda params: next(iter(params)),
 )
 def test_a_choice_that_changes_pixels_is_prepared_for_itself(
-    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path, params: dict[str, Any]
+    start: Callable[..., CountingWorker], media_of: tuple[Path, Path], tmp_path: Path, params: dict[str, Any]
 ) -> None:
     worker = start()
     worker.render(*media_of, tmp_path / "plain.mp4")
@@ -157,7 +110,7 @@ def test_a_choice_that_changes_pixels_is_prepared_for_itself(
 
 
 def test_other_weights_are_another_avatar(
-    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+    start: Callable[..., CountingWorker], media_of: tuple[Path, Path], tmp_path: Path
 ) -> None:
     worker = start()
     worker.render(*media_of, tmp_path / "cold.mp4")
@@ -168,7 +121,7 @@ def test_other_weights_are_another_avatar(
 
 @pytest.mark.parametrize("params", [{}, {"box_smoothing": 1.5}, {"max_gap_frames": 4}], ids=["plain", "smooth", "gaps"])
 def test_only_what_the_sound_reaches_is_prepared_and_a_longer_speech_adds_the_rest(
-    start: Callable[..., Worker], tmp_path: Path, params: dict[str, Any]
+    start: Callable[..., CountingWorker], tmp_path: Path, params: dict[str, Any]
 ) -> None:
     """Boxes near the old end look at frames behind it: where one changes, the frame is prepared again."""
     source = make_source(tmp_path / "source.mp4", 30)
@@ -193,7 +146,7 @@ def test_only_what_the_sound_reaches_is_prepared_and_a_longer_speech_adds_the_re
 
 
 def test_a_source_that_ended_is_not_read_again_for_a_longer_speech(
-    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+    start: Callable[..., CountingWorker], media_of: tuple[Path, Path], tmp_path: Path
 ) -> None:
     worker = start()
     worker.render(*media_of, tmp_path / "short.mp4")
@@ -202,7 +155,7 @@ def test_a_source_that_ended_is_not_read_again_for_a_longer_speech(
 
 
 def test_a_failed_job_leaves_no_avatar(
-    start: Callable[..., Worker], media_of: tuple[Path, Path], tmp_path: Path
+    start: Callable[..., CountingWorker], media_of: tuple[Path, Path], tmp_path: Path
 ) -> None:
     worker = start()
 
@@ -218,7 +171,9 @@ def test_a_failed_job_leaves_no_avatar(
     assert list((tmp_path / "worker/avatars").iterdir()) == []
 
 
-def test_a_source_larger_than_the_budget_is_rendered_and_not_kept(start: Callable[..., Worker], tmp_path: Path) -> None:
+def test_a_source_beyond_the_budget_is_rendered_and_not_kept(
+    start: Callable[..., CountingWorker], tmp_path: Path
+) -> None:
     source, audio = make_source(tmp_path / "source.mp4", 40), make_audio(tmp_path / "a.wav", 1.6)
     worker = start(AVATAR_MEMORY_MB="1", AVATAR_DISK_MB="1")
     worker.render(source, audio, tmp_path / "out.mp4")

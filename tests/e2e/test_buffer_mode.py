@@ -14,12 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.test_render import make_audio, make_source
+from tests.support.buffer_mode import KEY, WORKER, start_worker
 from tests.support.fake_orchestrator import Answer, Call, FakeOrchestrator, Times
+from tests.support.rendering import make_audio, make_source
 from tests.support.server import Server, wait_until
-
-KEY = "key-of-this-test"
-WORKER = "worker/1 ü"
 
 StartServer = Callable[..., Server]
 
@@ -31,20 +29,6 @@ def prepare(folder: Path) -> Path:
     make_audio(folder / "media/audio.wav", 0.6)
     make_audio(folder / "media/long.wav", 8)
     return folder
-
-
-def start_worker(
-    folder: Path, models: Path, orchestrator: FakeOrchestrator, *, faulty: bool = False, **environment: str
-) -> Server:
-    variables = {
-        "BUFFER_WORKER_ID": WORKER,
-        "ORCHESTRATOR_BASE_URL": orchestrator.url,
-        "INTERNAL_API_KEY": KEY,
-        "GPU_CLASS": "RTX 3080 (10 GB)",
-        "BUFFER_POLL_INTERVAL_SEC": "0.1",
-        **environment,
-    }
-    return Server(folder, models, faulty=faulty, **variables)
 
 
 @pytest.fixture

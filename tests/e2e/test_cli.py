@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.e2e.test_render import FACE, make_audio, make_source
+from tests.support.commands import run_core
+from tests.support.rendering import FACE, make_audio, make_source
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(models: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "musetalk_core.py"), *arguments],
-        env={
-            **kept,
-            "MUSETALK_ENV_FILE": "none",
-            "MUSETALK_MODEL": "v15",
-            "MUSETALK_MODELS_DIR": str(models),
-            "MUSETALK_DEVICE": "cpu",
-            "MUSETALK_DTYPE": "float32",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def test_a_video_is_made_and_summed_up(tmp_path: Path, tiny_models: Path) -> None:
     source, audio = make_source(tmp_path / "source.mp4", 6), make_audio(tmp_path / "a.wav", 0.4)
     box = f"face_box={list(FACE)}"
-    done = run(tiny_models, str(source), str(audio), str(tmp_path / "out.mp4"), "--param", box)
+    done = run_core(tiny_models, str(source), str(audio), str(tmp_path / "out.mp4"), "--param", box)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.mp4").stat().st_size > 1000
     assert "10 frames, 192x256, 25.000 fps, 0.400 s, model v15" in done.stdout
@@ -47,7 +25,7 @@ def test_a_video_is_made_and_summed_up(tmp_path: Path, tiny_models: Path) -> Non
 def test_a_broken_source_is_one_line_and_status_one(tmp_path: Path, tiny_models: Path) -> None:
     (tmp_path / "source.mp4").write_bytes(b"nothing" * 500)
     audio = make_audio(tmp_path / "a.wav", 0.4)
-    done = run(tiny_models, str(tmp_path / "source.mp4"), str(audio), str(tmp_path / "out.mp4"))
+    done = run_core(tiny_models, str(tmp_path / "source.mp4"), str(audio), str(tmp_path / "out.mp4"))
     assert done.returncode == 1
     assert "error in validation: the source" in done.stderr
     assert "loading the models" not in done.stderr
@@ -56,7 +34,7 @@ def test_a_broken_source_is_one_line_and_status_one(tmp_path: Path, tiny_models:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, tiny_models: Path) -> None:
-    done = run(tiny_models, str(tmp_path / "none.mp4"), str(tmp_path / "none.wav"), str(tmp_path / "out.mp4"))
+    done = run_core(tiny_models, str(tmp_path / "none.mp4"), str(tmp_path / "none.wav"), str(tmp_path / "out.mp4"))
     assert done.returncode == 1
     assert "the source" in done.stderr
     assert "loading the models" not in done.stderr
@@ -65,13 +43,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, tiny_models: Path) ->
 
 def test_missing_weights_are_listed(tmp_path: Path) -> None:
     source, audio = make_source(tmp_path / "source.mp4", 6), make_audio(tmp_path / "a.wav", 0.4)
-    done = run(tmp_path, str(source), str(audio), str(tmp_path / "out.mp4"))
+    done = run_core(tmp_path, str(source), str(audio), str(tmp_path / "out.mp4"))
     assert done.returncode == 1
     assert "dwpose/dw-ll_ucoco_384.pth" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_an_unknown_parameter_is_refused(tmp_path: Path, tiny_models: Path) -> None:
-    done = run(tiny_models, "a.mp4", "a.wav", "out.mp4", "--param", "guidance=3")
+    done = run_core(tiny_models, "a.mp4", "a.wav", "out.mp4", "--param", "guidance=3")
     assert done.returncode == 1
     assert "guidance" in done.stderr

@@ -15,7 +15,7 @@ from musetalk.errors import DiskFullError, JobCancelledError, UnavailableError
 from musetalk.generator import Generator
 from musetalk.warming import warm_up
 from musetalk_core import Core
-from tests.e2e.test_render import FACE, make_audio, make_source
+from tests.support.rendering import FACE, make_audio, make_source
 from worker.jobs import parse_job
 
 

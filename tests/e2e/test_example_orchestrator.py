@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from examples.orchestrator import Jobs
-from tests.e2e.test_render import make_audio, make_source
+from tests.support.rendering import make_audio, make_source
 from tests.support.server import ROOT, Server, wait_until
 
 KEY = "key-of-this-test"

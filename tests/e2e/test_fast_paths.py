@@ -15,8 +15,8 @@ from musetalk.errors import CancelledError, MediaError, OutOfMemoryError
 from musetalk.options import RenderOptions
 from musetalk.render import RenderSession, RenderSummary
 from musetalk_core import Core
-from tests.e2e.test_render import FACE, frames_of, make_audio, make_source
 from tests.support import clips
+from tests.support.rendering import FACE, frames_of, make_audio, make_source
 from worker.config import load_settings
 
 Make = Callable[..., RenderSummary]

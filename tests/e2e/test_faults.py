@@ -15,7 +15,7 @@ import psutil
 import pytest
 import requests
 
-from tests.e2e.test_render import make_audio, make_source
+from tests.support.rendering import make_audio, make_source
 from tests.support.server import Server, wait_until
 from worker.jobs import STAGES
 

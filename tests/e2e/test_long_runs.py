@@ -10,8 +10,8 @@ import pytest
 
 from musetalk.geometry import ping_pong_index
 from musetalk_core import Core
-from tests.e2e.test_render import durations_of, frames_of, make_audio, make_source
 from tests.support import clips
+from tests.support.rendering import durations_of, frames_of, make_audio, make_source
 from tests.support.tiny_models import write_tiny_models
 from worker.config import load_settings
 from worker.jobs import JobParams, Stage

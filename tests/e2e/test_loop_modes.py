@@ -15,9 +15,17 @@ from musetalk.frame_store import FrameStore
 from musetalk.geometry import source_index
 from musetalk.options import LoopMode
 from musetalk_core import Core
-from tests.e2e.test_avatars import Worker
-from tests.e2e.test_render import FACE, LIMITS, durations_of, frames_of, make_audio, make_source, render
 from tests.support import clips
+from tests.support.rendering import (
+    FACE,
+    LIMITS,
+    CountingWorker,
+    durations_of,
+    frames_of,
+    make_audio,
+    make_source,
+    render,
+)
 
 MODES: list[LoopMode] = ["loop", "hold", "trim"]
 N_SOURCE = 7
@@ -54,7 +62,7 @@ def test_the_frames_come_in_the_order_that_was_asked_for(
 
 
 def test_trimming_counts_frames_that_were_searched_for_faces(core: Core, tmp_path: Path) -> None:
-    worker = Worker(core, tmp_path)
+    worker = CountingWorker(core, tmp_path)
     source, audio = make_source(tmp_path / "source.mp4", N_SOURCE), make_audio(tmp_path / "a.wav", 0.6)
     rendered = worker.render(source, audio, tmp_path / "out.mp4", loop_mode="trim")
     assert worker.faces.seen == list(range(N_SOURCE))
@@ -131,7 +139,7 @@ def test_only_pictures_that_come_back_are_kept(
 
 
 def test_a_prepared_source_serves_every_mode(core: Core, tmp_path: Path) -> None:
-    worker = Worker(core, tmp_path)
+    worker = CountingWorker(core, tmp_path)
     source, audio = make_source(tmp_path / "source.mp4", N_SOURCE), make_audio(tmp_path / "a.wav", 0.5)
     worker.render(source, audio, tmp_path / "first.mp4")
     for mode in MODES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from musetalk import media
-from tests.e2e.test_render import make_audio
+from tests.support.browser import CHROMIUM, DRIVER, missing_programs
+from tests.support.rendering import make_audio
 from tests.support.server import Server
 from worker.config import ROOT
 
 AVATAR = ROOT / "demo/media/avatar.mp4"
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium here")
+pytestmark = pytest.mark.skipif(missing_programs() is not None, reason=missing_programs() or "")
 # Where screenshots go, for a person who wants to look.
 SHOTS = os.environ.get("PLAYGROUND_SHOTS")
 

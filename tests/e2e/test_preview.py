@@ -16,11 +16,19 @@ from musetalk.errors import NoFaceError, RequestError
 from musetalk.frames import Planes, planes_to_bgr
 from musetalk.render import Preview
 from musetalk_core import Core
-from tests.e2e.test_avatars import MovingFaces, Worker
-from tests.e2e.test_cli import run
-from tests.e2e.test_render import FACE, make_audio, make_source, render, with_faces
-from tests.e2e.test_silence import SOUND, write
 from tests.support import clips
+from tests.support.commands import run_core
+from tests.support.rendering import (
+    FACE,
+    SOUND,
+    CountingWorker,
+    MovingFaces,
+    make_audio,
+    make_source,
+    render,
+    with_faces,
+    write_speech,
+)
 from worker.jobs import JobParams
 
 Whole = Callable[..., list[Planes]]
@@ -73,7 +81,7 @@ def test_it_is_the_picture_of_the_whole_video(core: Core, whole: Whole, tmp_path
 
 @pytest.mark.parametrize("silence", ["closed", "source"])
 def test_pauses_look_as_in_the_whole_video(core: Core, whole: Whole, tmp_path: Path, silence: str) -> None:
-    source, audio = make_source(tmp_path / "source.mp4", 9), write(tmp_path / "a.wav", SOUND)
+    source, audio = make_source(tmp_path / "source.mp4", 9), write_speech(tmp_path / "a.wav", SOUND)
     pictures = whole(source, audio, silence=silence)
     for index in (2, 14, 20, 29):
         assert_same(preview(core, source, audio, index / 25 + 0.01, silence=silence).planes, pictures[index])
@@ -126,7 +134,7 @@ def test_a_face_that_comes_later_is_no_reason_to_refuse(core: Core, tmp_path: Pa
 
 
 def test_what_a_preview_searched_a_video_need_not_and_stays_the_same_to_the_byte(core: Core, tmp_path: Path) -> None:
-    worker, other = Worker(core, tmp_path / "one"), Worker(core, tmp_path / "two")
+    worker, other = CountingWorker(core, tmp_path / "one"), CountingWorker(core, tmp_path / "two")
     source, audio = make_source(tmp_path / "source.mp4", 9), make_audio(tmp_path / "a.wav", 0.36)
     worker.core.preview(source, audio, 0.3, JobParams())
     worker.render(source, audio, tmp_path / "after.mp4")
@@ -154,7 +162,7 @@ def test_the_command_line_writes_a_picture(core: Core, tmp_path: Path, tiny_mode
     source, audio = make_source(tmp_path / "source.mp4", 6), make_audio(tmp_path / "a.wav", 0.4)
     output = tmp_path / "out.png"
     box = f"face_box={list(FACE)}"
-    done = run(tiny_models, str(source), str(audio), str(output), "--param", box, "--preview", "0.1")
+    done = run_core(tiny_models, str(source), str(audio), str(output), "--param", box, "--preview", "0.1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{output}: frame 2, shown at 0.080 s"
     made = preview(core, source, audio, 0.1)
@@ -168,7 +176,7 @@ def test_the_command_line_writes_a_picture(core: Core, tmp_path: Path, tiny_mode
 
 
 def test_the_command_line_refuses_another_kind_of_file(tmp_path: Path, tiny_models: Path) -> None:
-    done = run(tiny_models, "a.mp4", "a.wav", str(tmp_path / "out.mp4"), "--preview", "1")
+    done = run_core(tiny_models, "a.mp4", "a.wav", str(tmp_path / "out.mp4"), "--preview", "1")
     assert done.returncode == 2
     assert ".png" in done.stderr
     assert not (tmp_path / "out.mp4").exists()

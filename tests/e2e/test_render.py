@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,54 +14,23 @@ import pytest
 
 from musetalk import media
 from musetalk.errors import JobCancelledError, MediaError, NoFaceError, RequestError
-from musetalk.faces import Face
 from musetalk.frames import Planes
 from musetalk.geometry import Box, ping_pong_index
 from musetalk_core import Core
 from tests.support import clips
-from worker.engine import Engine, Rendered
+from tests.support.rendering import (
+    FACE,
+    LIMITS,
+    SIZE,
+    SomeFaces,
+    durations_of,
+    frames_of,
+    make_audio,
+    make_source,
+    render,
+    with_faces,
+)
 from worker.jobs import JobParams, Stage
-
-SIZE = (192, 256)
-FACE = (50, 100, 142, 216)
-LIMITS = media.MediaLimits()
-
-
-def make_source(path: Path, n_frames: int, rate: Fraction = Fraction(25), **options: Any) -> Path:
-    return clips.write_clip(path, n_frames, size=options.pop("size", SIZE), rate=rate, **options)
-
-
-def make_audio(path: Path, seconds: float, rate: int = 16_000) -> Path:
-    sound = clips.Sound(clips.tone(seconds, rate), rate=rate, codec="pcm_s16le", sample_format="s16")
-    return clips.write_sound(path, sound)
-
-
-def render(core: Core, source: Path, audio: Path, output: Path, **params: Any) -> Rendered:
-    aspect_ratio, resolution = params.pop("aspect_ratio", None), params.pop("resolution", None)
-    given = JobParams(**{"face_box": FACE, **params})
-    return core.render(source, audio, output, given, aspect_ratio=aspect_ratio, resolution=resolution)
-
-
-def frames_of(path: Path, rate: Fraction | None = None) -> list[Planes]:
-    info = media.inspect_source(path, LIMITS)
-    if rate is not None:
-        assert info.rate == rate
-    return [frame.planes for frame in media.read_source(path, info, LIMITS)]
-
-
-def durations_of(path: Path) -> tuple[Fraction, Fraction]:
-    """Length of the picture (last time stamp plus one frame) and of the sound, in seconds, by counting packets."""
-    with av.open(str(path)) as container:
-        video, sound = container.streams.video[0], container.streams.audio[0]
-        times = sorted(p.pts * p.time_base for p in container.demux(video) if p.pts is not None)
-    assert times[0] == 0
-    with av.open(str(path)) as container:
-        samples = sum(frame.samples for frame in container.decode(audio=0))
-        sound_s = Fraction(samples, container.streams.audio[0].rate)
-    step = times[-1] / (len(times) - 1) if len(times) > 1 else Fraction(0)
-    assert sound is not None
-    return times[-1] + step, sound_s
-
 
 RATES = [
     Fraction(24000, 1001),
@@ -197,32 +165,6 @@ def test_the_same_job_twice_gives_the_same_file(core: Core, tmp_path: Path) -> N
     render(core, source, audio, tmp_path / "a.mp4")
     render(core, source, audio, tmp_path / "b.mp4")
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-
-
-class SomeFaces:
-    """Finds the box in all frames but some, recognised by the number they show."""
-
-    def __init__(self, without: Collection[int] = ()) -> None:
-        self.without = without
-        self.seen: list[int] = []
-
-    def box(self, _number: int) -> Box:
-        """Where the face is in the frame that shows this number."""
-        return Box(*FACE)
-
-    def find(self, frames: Sequence[Any], *, bbox_shift: int = 0) -> list[Face | None]:
-        found: list[Face | None] = []
-        for frame in frames:
-            number = clips.read_number(frame.mean(axis=2))
-            assert number is not None
-            self.seen.append(number)
-            found.append(None if number in self.without else Face(self.box(number), None, 1.0))
-        return found
-
-
-def with_faces(loaded: Engine, finder: SomeFaces) -> Engine:
-    """`loaded` with another face finder."""
-    return replace(loaded, models=replace(loaded.models, faces=finder))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.test_render import make_audio, make_source
+from tests.support.rendering import make_audio, make_source
 from tests.support.server import ROOT, Server, wait_until
 
 # Behaves as the binary does: forwards one job, records the answer, and ends at once on SIGTERM.

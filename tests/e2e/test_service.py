@@ -18,7 +18,7 @@ import pytest
 import requests
 
 from musetalk import media
-from tests.e2e.test_render import FACE, make_audio, make_source
+from tests.support.rendering import FACE, make_audio, make_source
 from tests.support.server import START_LIMIT_S, Server, wait_until
 
 

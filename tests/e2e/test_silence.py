@@ -20,22 +20,16 @@ from musetalk.options import RenderOptions
 from musetalk.render import RenderSession
 from musetalk.silence import FLOOR_DBFS, levels_dbfs, quiet_spans, speech_weights
 from musetalk_core import Core
-from tests.e2e.test_render import FACE, LIMITS, frames_of, make_source, render
 from tests.support import clips
+from tests.support.rendering import FACE, LIMITS, SOUND, SOUND_RATE, frames_of, make_source, render, write_speech
 
-RATE = 16_000
-SOUND = np.concatenate([clips.tone(0.5, RATE), np.zeros(RATE * 7 // 10, np.float32), clips.tone(0.3, RATE)])
 Pictures = list[Planes]
-
-
-def write(path: Path, samples: NDArray[np.float32]) -> Path:
-    return clips.write_sound(path, clips.Sound(samples, rate=RATE, codec="pcm_s16le", sample_format="s16"))
 
 
 @pytest.fixture
 def pictures(core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pictures]:
     """The pictures of a video before they are encoded."""
-    source, audio = make_source(tmp_path / "source.mp4", 9), write(tmp_path / "a.wav", SOUND)
+    source, audio = make_source(tmp_path / "source.mp4", 9), write_speech(tmp_path / "a.wav", SOUND)
     fit = media.fit_planes
 
     def make(**options: Any) -> Pictures:
@@ -128,13 +122,16 @@ def test_nothing_is_generated_for_what_is_not_shown(
         return start(latents, *args)
 
     monkeypatch.setattr(generator, "start", counting)
-    source, audio = make_source(tmp_path / "source.mp4", 9), write(tmp_path / "a.wav", SOUND)
+    source, audio = make_source(tmp_path / "source.mp4", 9), write_speech(tmp_path / "a.wav", SOUND)
     render(core, source, audio, tmp_path / "out.mp4", silence="source")
     assert sum(counts) == int((weights() > 0).sum())
 
 
 def test_all_silent_is_the_source(core: Core, tmp_path: Path) -> None:
-    source, audio = make_source(tmp_path / "source.mp4", 9), write(tmp_path / "a.wav", np.zeros(5_760, np.float32))
+    source, audio = (
+        make_source(tmp_path / "source.mp4", 9),
+        write_speech(tmp_path / "a.wav", np.zeros(5_760, np.float32)),
+    )
     rendered = render(core, source, audio, tmp_path / "out.mp4", silence="source")
     assert (rendered.summary.n_frames, rendered.summary.n_without_face) == (9, 0)
     for before, after in zip(frames_of(source), frames_of(tmp_path / "out.mp4"), strict=True):
@@ -144,7 +141,7 @@ def test_all_silent_is_the_source(core: Core, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["closed", "source"])
 def test_sound_without_a_pause_gives_the_same_file(core: Core, tmp_path: Path, mode: str) -> None:
     source = make_source(tmp_path / "source.mp4", 9)
-    audio = write(tmp_path / "a.wav", clips.tone(0.5, RATE))
+    audio = write_speech(tmp_path / "a.wav", clips.tone(0.5, SOUND_RATE))
     render(core, source, audio, tmp_path / "plain.mp4")
     render(core, source, audio, tmp_path / "out.mp4", silence=mode)
     assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "plain.mp4").read_bytes()
@@ -182,7 +179,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def demo_weights() -> NDArray[np.float64]:
     sound = spoken_with_a_pause()
-    return speech_weights(quiet_spans(sound), len(sound), -(-len(sound) * FPS // RATE), Fraction(FPS))
+    return speech_weights(quiet_spans(sound), len(sound), -(-len(sound) * FPS // SOUND_RATE), Fraction(FPS))
 
 
 def opening_of(path: Path) -> NDArray[np.float64]:

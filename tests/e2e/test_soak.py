@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.test_render import make_audio, make_source
+from tests.support.rendering import make_audio, make_source
 from tests.support.server import Server, wait_until
 
 N_JOBS = 200

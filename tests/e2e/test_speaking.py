@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from demo.evaluate import avatar_reader, read_frames
 from demo.make_pair import AVATAR, CLIP_S, FPS, POSE_SEED, SPEECH, natural_poses
 from musetalk.geometry import ping_pong_index
-from tests.e2e.test_buffer_mode import start_worker
 from tests.support import clips
+from tests.support.buffer_mode import start_worker
 from tests.support.fake_orchestrator import FakeOrchestrator
 from tests.support.server import Server
 from worker.config import ROOT

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +21,10 @@ from musetalk.geometry import Box
 from musetalk.networks.bisenet import BiseNet
 from musetalk.networks.rtmpose import RtmPose
 from musetalk.networks.s3fd import S3fd
+from tests.support.outside import GOLDEN_DIR
 from tests.support.seeded import GAIN_CONV, fill
 
 CPU = torch.device("cpu")
-FLIP_TABLE_PATH = Path(__file__).resolve().parents[3] / "shared/golden/wholebody133_flip_indices.json"
 STRIDES = (4, 8, 16, 32, 64, 128)
 
 
@@ -44,9 +43,10 @@ def test_the_flip_table_is_its_own_inverse_and_keeps_the_middle_of_the_body() ->
     assert middle == [0, *(23 + point for point in (8, 27, 28, 29, 30, 33, 51, 57, 62, 66))]
 
 
-@pytest.mark.skipif(not FLIP_TABLE_PATH.is_file(), reason="no golden vectors beside this checkout")
+@pytest.mark.skipif(GOLDEN_DIR is None, reason="GOLDEN_DIR is not set")
 def test_the_flip_table_is_the_published_one() -> None:
-    stored = json.loads(FLIP_TABLE_PATH.read_text(encoding="utf-8"))
+    assert GOLDEN_DIR is not None
+    stored = json.loads((GOLDEN_DIR / "wholebody133_flip_indices.json").read_text(encoding="utf-8"))
     wanted = stored if isinstance(stored, list) else next(value for value in stored.values() if len(value) == 133)
     assert faces.flip_table().tolist() == wanted
 

@@ -13,8 +13,7 @@ from musetalk_core import Core
 from poller import Backoff, Outbox, Poller, Report
 from tests.support.fake_orchestrator import Answer, FakeOrchestrator, Times
 from tests.support.results import a_result
-from worker.config import load_settings
-from worker.jobs import Job, JobResult
+from tests.support.scripted_core import ScriptedCore
 from worker.orchestrator import OrchestratorSettings
 from worker.readiness import Readiness
 
@@ -27,27 +26,6 @@ JOB = {
 }
 
 
-class ScriptedCore(Core):
-    """A real core whose work is replaced."""
-
-    def __init__(self) -> None:
-        super().__init__(load_settings({}, env_file=None))
-        self.state = Readiness("ready", "v15")
-        self.jobs: list[Job] = []
-        self.outcome: BaseException | JobResult = a_result()
-
-    @property
-    def readiness(self) -> Readiness:
-        return self.state
-
-    def run_job(self, job: Job, **callbacks: Any) -> JobResult:
-        self.jobs.append(job)
-        callbacks["on_progress"]("download", 0, 1)
-        if isinstance(self.outcome, BaseException):
-            raise self.outcome
-        return self.outcome
-
-
 @pytest.fixture
 def orchestrator() -> Iterator[FakeOrchestrator]:
     with FakeOrchestrator() as orchestrator:
@@ -55,8 +33,8 @@ def orchestrator() -> Iterator[FakeOrchestrator]:
 
 
 @pytest.fixture
-def core() -> ScriptedCore:
-    return ScriptedCore()
+def core(tmp_path: Path) -> ScriptedCore:
+    return ScriptedCore(tmp_path / "core")
 
 
 @pytest.fixture
