@@ -1,18 +1,22 @@
-"""What documents say of the code is true: file tree, tables, links, commands, names, and quoted messages."""
+"""Truth of the documents: file tree, tables, links, commands, examples, names and quoted messages match the code."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from docs.make_tables import PLACES, env_example, sections, with_tables
 from worker.config import LEGACY, VARIABLES
+from worker.jobs import parse_job
+from worker.web.openapi import failure_schema, health_schema, result_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
@@ -152,6 +156,44 @@ def test_documents_build_the_image_with_one_command() -> None:
     for name in ("README.md", "docs/local.md", "docs/salad.md", "docs/vast.md"):
         assert command in list(blocks(text_of(name)))
     assert command in text_of("Dockerfile.worker")
+
+
+# -- examples --
+
+
+@pytest.mark.parametrize(
+    ("heading", "schema"),
+    [("Success: 200", result_schema()), ("Errors", failure_schema()), ("Health", health_schema())],
+)
+def test_examples_of_bodies_are_of_the_served_schema(heading: str, schema: dict[str, object]) -> None:
+    section = text_of("docs/api.md").split(f"## {heading}\n")[1].split("\n## ")[0]
+    (example,) = re.findall(r"^```json\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    jsonschema.validate(json.loads(example), schema)
+    undescribed = set(json.loads(example)) - set(schema["properties"])  # type: ignore[call-overload]
+    assert undescribed == set()
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/api.md", "docs/local.md", "docs/salad.md", "docs/vast.md"])
+def test_bodies_in_commands_are_json(name: str) -> None:
+    bodies = re.findall(r"-d '(\{.*?\})'", text_of(name), re.DOTALL)
+    assert bodies
+    for body in bodies:
+        given = json.loads(body)
+        if "musetalk_job_id" in given:
+            assert parse_job(given).params.ignored == ()
+
+
+def test_the_example_of_the_readme_is_part_of_the_example_of_the_api() -> None:
+    (short,) = re.findall(r"^```json\n(.*?)^```", text_of("README.md"), re.DOTALL | re.MULTILINE)
+    section = text_of("docs/api.md").split("## Success: 200\n")[1]
+    whole = json.loads(re.findall(r"^```json\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[0])
+
+    def is_part(part: object, of: object) -> bool:
+        if isinstance(part, dict) and isinstance(of, dict):
+            return all(name in of and is_part(value, of[name]) for name, value in part.items())
+        return part == of
+
+    assert is_part(json.loads(short), whole)
 
 
 # -- names --
