@@ -91,7 +91,8 @@ def encode_again(silent: Path, audio: Path, output: Path) -> int:
             frame.pts, frame.time_base = n_frames - 1, 1 / rate
             frame.pict_type = 0  # or the second encoder would repeat the first one's choice
             container.mux(video.encode(frame))
-            while n_heard < min(n_frames / rate * voice.rate, n_samples) and (block := next(blocks, None)) is not None:
+            n_due = min(float(n_frames / rate * voice.rate), float(n_samples))
+            while n_heard < n_due and (block := next(blocks, None)) is not None:
                 n_heard += block.samples
                 container.mux(track.encode(block))
         container.mux(video.encode(None))

@@ -133,7 +133,7 @@ def demo_models(models_dir: Path = MODELS) -> Models:
 def read_frames(path: Path) -> Frames:
     """All frames of a video as BGR."""
     with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="bgr24") for frame in container.decode(video=0)]
+        return [frame.to_ndarray(format="bgr24").astype(np.uint8, copy=False) for frame in container.decode(video=0)]
 
 
 def speak(models: Models, source: Path, audio: Path, output: Path, **options: Any) -> float:

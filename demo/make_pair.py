@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -88,7 +89,7 @@ def write_sound(path: Path, waveform: NDArray[np.float32]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = np.clip(np.round(waveform * 32767), -32768, 32767).astype(np.int16)[None]
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("flac", rate=speech.RATE, layout="mono")
+        stream: Any = container.add_stream("flac", rate=speech.RATE, layout="mono")
         frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
         frame.sample_rate = speech.RATE
         container.mux(stream.encode(frame))

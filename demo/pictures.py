@@ -79,7 +79,7 @@ def mouth_shapes(random: np.random.Generator, count: int, spoken: NDArray[np.flo
 def _draw(person: int) -> tuple[UInt8Array, NDArray[np.float32], NDArray[np.int64]]:
     """All crops of one person (or of one hundredth of the avatar's poses), references before their targets."""
     _, mouths = corpus()
-    spoken = mouths.reshape(-1, mouths.shape[-1])
+    spoken: NDArray[np.float32] = mouths.reshape(-1, mouths.shape[-1])
     spoken = (spoken[:-1] + spoken[1:]) * np.float32(0.5)
     is_avatar = person < 0
     random = np.random.default_rng((SEED, abs(person), is_avatar))

@@ -201,7 +201,7 @@ def noisy_pause(folder: Path) -> Path:
     with av.open(str(SPEECH)) as container:
         rate = container.streams.audio[0].rate
         parts = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
-    samples = np.concatenate(parts)
+    samples: NDArray[Any] = np.concatenate(parts)
     voice = samples.astype(np.float32) / (np.iinfo(samples.dtype).max if samples.dtype.kind == "i" else 1)
     spoken = voice[: 2 * rate]
     murmur = 0.05 * voice[2 * rate : 4 * rate]

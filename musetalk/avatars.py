@@ -58,7 +58,7 @@ class Arena:
 
     def __init__(self, block_bytes: int = 8 * 2**20) -> None:
         self._block_bytes = block_bytes
-        self._block = np.empty(0, np.uint8)
+        self._block: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._used = 0
 
     def copy(self, array: NDArray[Any]) -> NDArray[Any]:

@@ -273,13 +273,13 @@ def paste_planes(planes: Planes, plan: PastePlan, patch: UInt8Array, matrix: Mat
 
 def _mix_into(old: UInt8Array, new: UInt8Array, weight: UInt8Array) -> None:
     """`mix` in place, in 16 bits: 255 * 255 + 128 is the largest sum, and adding its own 256th still fits."""
-    weighted = new.astype(np.uint16)
+    weighted: NDArray[np.uint16] = new.astype(np.uint16)
     weighted *= weight
     kept = old.astype(np.uint16)
     kept *= 255 - weight
     weighted += kept
     weighted += 128
-    weighted += weighted >> 8
+    weighted += np.right_shift(weighted, 8, dtype=np.uint16)
     weighted >>= 8
     old[...] = weighted
 

@@ -370,7 +370,7 @@ class _SoundTrack:
         self._blocks: Iterator[NDArray[np.float32]] = read_audio_blocks(
             path, limits, rate=self._rate, n_channels=self._n_channels
         )
-        self._waiting = np.zeros((self._n_channels, 0), np.float32)
+        self._waiting: NDArray[np.float32] = np.zeros((self._n_channels, 0), np.float32)
         self._n_total = math.ceil(duration * self._rate)
         self._n_encoded = 0
 

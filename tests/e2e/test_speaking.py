@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -52,7 +53,7 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with av.open(str(SPEECH)) as container:
         rate = container.streams.audio[0].rate
         parts = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
-    samples = np.concatenate(parts)
+    samples: NDArray[Any] = np.concatenate(parts)
     scale = np.iinfo(samples.dtype).max if samples.dtype.kind == "i" else 1
     voice = (samples / scale).astype(np.float32)
     first = int(np.flatnonzero(np.abs(voice) > 0.05)[0])

@@ -7,9 +7,11 @@ import math
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -40,9 +42,9 @@ def whisper(seed: int, config: str = json.dumps(WHISPER_TINY)) -> audio.AudioEnc
     return audio.AudioEncoder(encoder, extractor, torch.device("cpu"), torch.float32)
 
 
-def waveform_of(pcm: np.ndarray) -> np.ndarray:
+def waveform_of(pcm: NDArray[Any]) -> NDArray[Any]:
     """16-bit samples as float32."""
-    waveform: np.ndarray = pcm.astype(np.float32) / np.float32(32768)
+    waveform: NDArray[Any] = pcm.astype(np.float32) / np.float32(32768)
     return waveform
 
 
@@ -105,7 +107,7 @@ def check_audio_windows(path: Path) -> None:
             assert_same_as_production(int(n_samples), int(fps), wanted)
 
 
-def assert_same_as_production(n_samples: int, fps: int, wanted: np.ndarray) -> None:
+def assert_same_as_production(n_samples: int, fps: int, wanted: NDArray[Any]) -> None:
     """Our windows at this rate read the same rows."""
     n_rows = audio.n_feature_rows(n_samples)
     # Features that carry their own index, from 1: zero stays free for the rows outside.

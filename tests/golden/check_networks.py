@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from musetalk import faces
 from musetalk.networks.bisenet import BiseNet
@@ -70,7 +72,7 @@ def check_s3fd(path: Path) -> None:
     check_result(wanted, data["result"])
 
 
-def check_suppression(candidates: np.ndarray, stored: np.ndarray) -> None:
+def check_suppression(candidates: NDArray[Any], stored: NDArray[Any]) -> None:
     """What upstream kept is a greedy choice under our overlap rule, and ours where no two scores are equal.
 
     Upstream sorts with an unstable sort, so the order of equal scores (softmax saturates at 1) was that of one machine.
@@ -86,7 +88,7 @@ def check_suppression(candidates: np.ndarray, stored: np.ndarray) -> None:
         assert faces.nms(candidates).tolist() == stored.tolist()
 
 
-def check_result(candidates: np.ndarray, stored: np.ndarray) -> None:
+def check_result(candidates: NDArray[Any], stored: NDArray[Any]) -> None:
     """The stored box is that of a best score, and ours is it where the best score is one candidate's alone."""
     best = faces.best_detection(candidates)
     if best is None:
@@ -143,7 +145,7 @@ def check_rtmpose(path: Path) -> None:
     assert (stored[faces.FACE_KEYPOINTS].astype(np.int32) == data["face68_int32"])[decided].all()
 
 
-def clear_winner(bins: np.ndarray) -> np.ndarray:
+def clear_winner(bins: NDArray[Any]) -> NDArray[Any]:
     """Whether the best bin of each row is ahead of the second by more than a thousandth of it."""
     top = np.sort(bins, axis=-1)
     return np.asarray(top[..., -1] - top[..., -2] > 1e-3 * np.abs(top[..., -1]))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from numpy.typing import NDArray
 
 from musetalk import audio
 from musetalk.blending import blend_mask, face_mask, paste_reference
@@ -65,14 +66,14 @@ class Case:
         """The UNet's answer for some output frames, in one batch."""
         return self.generator.predict(self.latents[[self.source(pick) for pick in picks]], self.windows[picks])
 
-    def paste(self, index: int, patch: np.ndarray) -> np.ndarray:
+    def paste(self, index: int, patch: NDArray[Any]) -> NDArray[Any]:
         """The output frame with `patch` in it."""
         source = self.source(index)
         box = self.boxes[source]
         return paste_reference(self.frames[source], patch, box, self.masks[source], blend_box(box))
 
 
-def check_frames(case: Case, picks: list[int], wanted: np.ndarray) -> np.ndarray:
+def check_frames(case: Case, picks: list[int], wanted: NDArray[Any]) -> NDArray[Any]:
     """Pasted frames are those of the run, two levels at most apart and 99 of 100 values equal."""
     patches = case.generator.generate(case.latents[[case.source(pick) for pick in picks]], case.windows[picks])
     frames = np.stack([case.paste(pick, patch) for pick, patch in zip(picks, patches, strict=True)])

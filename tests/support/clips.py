@@ -399,9 +399,10 @@ def decode_numbers(path: Path) -> list[int | None]:
 def decode_luma(path: Path) -> list[UInt8Array]:
     """The first planes (h, w) of all pictures of a clip of 8-bit planes, as the decoder gives them."""
     with av.open(str(path)) as container:
+        planes = ((frame.planes[0], frame.width) for frame in container.decode(video=0))
         return [
-            np.frombuffer(frame.planes[0], np.uint8).reshape(-1, frame.planes[0].line_size)[:, : frame.width].copy()
-            for frame in container.decode(video=0)
+            np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:, :width].copy()
+            for plane, width in planes
         ]
 
 

@@ -192,7 +192,7 @@ def test_upstreams_rule_equals_padding_and_cutting(n_samples: int, fps: float, l
 
 def slow_log_mel(waveform: NDArray[np.float32], n_samples: int, n_bins: int) -> NDArray[np.float64]:
     """The spectrogram of docs/model.md#log-mel-spectrogram in plain NumPy."""
-    padded = np.zeros(n_samples)
+    padded: NDArray[np.float64] = np.zeros(n_samples)
     padded[: len(waveform)] = waveform
     padded = np.pad(padded, 200, mode="reflect")
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ CPU = torch.device("cpu")
 STRIDES = (4, 8, 16, 32, 64, 128)
 
 
-def random_frame(width: int, height: int, seed: int = 0) -> np.ndarray:
+def random_frame(width: int, height: int, seed: int = 0) -> NDArray[Any]:
     return np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8)
 
 
@@ -206,7 +208,7 @@ def test_a_detector_that_overflows_is_an_error_and_not_a_frame_without_a_face(he
         faces.decode_detections(heads)
 
 
-def slow_overlap(first: np.ndarray, second: np.ndarray) -> float:
+def slow_overlap(first: NDArray[Any], second: NDArray[Any]) -> float:
     """Intersection over union where a box from 3 to 5 is three pixels wide."""
     shared_w = max(0.0, min(first[2], second[2]) - max(first[0], second[0]) + 1)
     shared_h = max(0.0, min(first[3], second[3]) - max(first[1], second[1]) + 1)
@@ -214,7 +216,7 @@ def slow_overlap(first: np.ndarray, second: np.ndarray) -> float:
     return float(shared_w * shared_h / (areas - shared_w * shared_h))
 
 
-def slow_nms(candidates: np.ndarray, limit: float) -> list[int]:
+def slow_nms(candidates: NDArray[Any], limit: float) -> list[int]:
     kept: list[int] = []
     for index in sorted(range(len(candidates)), key=lambda index: (-candidates[index, 4], index)):
         if all(slow_overlap(candidates[index], candidates[other]) <= limit for other in kept):
@@ -223,7 +225,7 @@ def slow_nms(candidates: np.ndarray, limit: float) -> list[int]:
 
 
 @st.composite
-def candidate_lists(draw: st.DrawFn) -> np.ndarray:
+def candidate_lists(draw: st.DrawFn) -> NDArray[Any]:
     """Boxes of whole px close together, scores of few values: many overlaps and many ties."""
     edge, side = st.integers(0, 20), st.integers(0, 12)
     score = st.sampled_from([0.1, 0.4, 0.5, 0.6, 0.9, 1.0])
@@ -233,7 +235,7 @@ def candidate_lists(draw: st.DrawFn) -> np.ndarray:
 
 @given(candidate_lists(), st.integers(0, 4))
 @settings(max_examples=60, deadline=None)
-def test_suppression_keeps_what_comparing_every_pair_keeps(candidates: np.ndarray, max_kept: int) -> None:
+def test_suppression_keeps_what_comparing_every_pair_keeps(candidates: NDArray[Any], max_kept: int) -> None:
     # A limit that single precision holds exactly, so that rounding decides nothing.
     wanted = slow_nms(candidates.astype(np.float64), 0.3125)
     assert faces.nms(candidates, 0.3125).tolist() == wanted
@@ -248,7 +250,7 @@ def test_an_overlap_of_just_the_limit_is_kept() -> None:
 
 @given(candidate_lists())
 @settings(max_examples=60, deadline=None)
-def test_the_face_of_a_frame_is_the_best_that_suppression_leaves(candidates: np.ndarray) -> None:
+def test_the_face_of_a_frame_is_the_best_that_suppression_leaves(candidates: NDArray[Any]) -> None:
     left = candidates[faces.nms(candidates)]
     left = left[left[:, 4] > 0.5]
     best = faces.best_detection(candidates)
@@ -343,7 +345,7 @@ class ToldDetector(nn.Module):
 class ToldPose(nn.Module):
     """Puts the 68 points at given places of the frame, given its size; the mirrored pass mirrors them."""
 
-    def __init__(self, points: np.ndarray, width: int, height: int) -> None:
+    def __init__(self, points: NDArray[Any], width: int, height: int) -> None:
         super().__init__()
         scale = np.array(faces.pose_scale(width, height))
         bins = ((points - np.array([width, height]) / 2 + scale / 2) / scale * [576, 768]).round().astype(int)
@@ -367,7 +369,7 @@ def build_finder(pose: nn.Module, detector: nn.Module | None = None, batch_size:
     )
 
 
-def face_points(x: float, y: float, side: float) -> np.ndarray:
+def face_points(x: float, y: float, side: float) -> NDArray[Any]:
     """68 points on a spiral about (x, y), point 29 in the middle of the height."""
     turn = np.linspace(0, 20, 68)
     points = np.stack([x + side / 2 * np.sin(turn), y + side / 2 * np.cos(turn)], axis=1)
@@ -375,13 +377,13 @@ def face_points(x: float, y: float, side: float) -> np.ndarray:
     return points
 
 
-def lit(width: int, height: int, seed: int = 0) -> np.ndarray:
+def lit(width: int, height: int, seed: int = 0) -> NDArray[Any]:
     frame = random_frame(width, height, seed)
     frame[0, 0] = 255
     return frame
 
 
-def dark(width: int, height: int) -> np.ndarray:
+def dark(width: int, height: int) -> NDArray[Any]:
     return np.zeros((height, width, 3), np.uint8)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from musetalk import media
 from musetalk.errors import DiskFullError, EncodeError, MediaError
@@ -36,7 +37,7 @@ def picture(number: int, size: tuple[int, int] = SIZE) -> Planes:
     return clips.picture_planes(number, *size)
 
 
-def wav(path: Path, samples: np.ndarray, rate: int) -> Path:
+def wav(path: Path, samples: NDArray[Any], rate: int) -> Path:
     return clips.write_sound(path, clips.Sound(samples, rate=rate, codec="pcm_s16le", sample_format="s16"))
 
 
@@ -91,7 +92,8 @@ def test_ten_minutes_at_29_97_do_not_drift(tmp_path: Path) -> None:
 
 def read_tags(path: Path) -> tuple[int, ...]:
     with av.open(str(path)) as container:
-        context = next(container.decode(video=0)) and container.streams.video[0].codec_context
+        next(container.decode(video=0))
+        context = container.streams.video[0].codec_context
         assert context.profile == "High"
         assert context.pix_fmt == "yuv420p"
         tags = context.color_primaries, context.color_trc, context.colorspace, context.color_range

@@ -114,7 +114,7 @@ def test_noise_about_the_floor_does_not_break_a_pause() -> None:
 @st.composite
 def sounds(draw: st.DrawFn) -> Waveform:
     """Silence, then tones and pauses of any length, then silence."""
-    parts = [np.zeros(RATE // 2, np.float32)]
+    parts: list[Waveform] = [np.zeros(RATE // 2, np.float32)]
     for _ in range(draw(st.integers(1, 4))):
         parts.append(tone(draw(st.integers(5, 60)) / 100, draw(st.integers(-30, -6))))
         parts.append(noise(draw(st.integers(5, 80)) / 100, draw(st.integers(-90, -55))))
