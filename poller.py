@@ -1,4 +1,4 @@
-"""Buffer mode: claim jobs, run them, report their outcomes, with a heartbeat in a thread of its own.
+"""Buffer mode: claim jobs, run them, report their outcomes (docs/protocol.md#buffer-mode); a thread for heartbeats.
 
 Gunicorn's post_fork hook calls `start`. Knows the core and the orchestrator; no Flask, no torch, no storage.
 """

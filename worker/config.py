@@ -348,7 +348,7 @@ def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> None:
 
 
 def _worker_id(mode: str, given: Mapping[str, str]) -> str:
-    """The worker's one name: set by a person, else by the platform, else the host's."""
+    """The worker's one name: set by a person, else by the platform, else the host's (docs/protocol.md#worker-id)."""
     order = ["WORKER_ID", "SALAD_MACHINE_ID", "VAST_CONTAINERLABEL"]
     if mode == "queue":
         # In queue mode the orchestrator knows the worker by Salad's name, so that one counts first.

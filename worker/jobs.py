@@ -1,6 +1,6 @@
 """A job as data: parse the request, name the stages, write result and error bodies. Knows no HTTP, no torch.
 
-Field spellings and legacy metrics are those of the protocol.
+Field spellings and legacy metrics are those of docs/protocol.md#post-generate.
 """
 
 from __future__ import annotations
@@ -321,7 +321,7 @@ def result_body(result: JobResult) -> dict[str, object]:
 
 
 def sidecar_body(rendered: RenderedJob, stage_times: Mapping[str, float]) -> dict[str, object]:
-    """The JSON stored beside the MP4; the store adds the object's name, size, SHA-1.
+    """The JSON beside the MP4 (docs/protocol.md#stored-objects); the store adds the object's name, size, SHA-1.
 
     The addresses of the inputs are left out: they may be signed.
     """

@@ -1,7 +1,8 @@
 """The orchestrator's routes and wire names: heartbeat, claim, outcome of a job, progress.
 
-Every call has a limit on its total time, follows no redirect (the key would travel along), and returns a `Reply`,
-never an exception: an orchestrator that is down is an everyday event. Knows nothing of the core.
+See docs/protocol.md#routes-of-the-orchestrator. Every call has a limit on its total time, follows no redirect (the key
+would travel along), and returns a `Reply`, never an exception: an orchestrator that is down is an everyday event. Knows
+nothing of the core.
 """
 
 from __future__ import annotations

@@ -64,7 +64,9 @@ class Store(Protocol):
 
 
 def object_name(prefix: str, job_id: str | None, suffix: str = ".mp4") -> str:
-    """The object's name for a job: `{prefix}/{job id}.mp4`, or `manual-{uuid4}` without an id (protocol section 7).
+    """Return the object's name for a job, `{prefix}/{job id}.mp4`, or `manual-{uuid4}` without an id.
+
+    See docs/protocol.md#stored-objects.
 
     Letters, digits, `-`, `_` and inner dots stay; every other byte becomes `~XX`, and a long id is cut and gets a hash,
     so that any two ids have two names and each name is safe in a URL, a bucket and a folder. Raises SettingsError when

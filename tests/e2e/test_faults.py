@@ -1,4 +1,4 @@
-"""The fault table of the protocol (section 11) in queue mode: real processes and signals; nothing lost or left."""
+"""The fault table (docs/protocol.md#faults) in queue mode: real processes and signals; nothing is lost."""
 
 from __future__ import annotations
 
