@@ -23,8 +23,6 @@ DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/**/*.md"), *ROOT.glob("benchmarks/*.md")]
 )
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
-# Named already, and part of the repository soon.
-PENDING = "protocol.md"
 # These name constants of formulas and of other programs, not variables of this one.
 SPECIFICATIONS = {"docs/model.md", "docs/media.md", "docs/protocol.md"}
 # Variables that other programs read, as docs/configuration.md lists them.
@@ -119,13 +117,13 @@ def links(name: str) -> Iterator[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_relative_links_lead_to_files(name: str) -> None:
     folder = (ROOT / name).parent
-    assert [link for link in links(name) if not (folder / link).exists() and not link.endswith(PENDING)] == []
+    assert [link for link in links(name) if not (folder / link).exists()] == []
 
 
 def test_every_document_is_in_the_list_of_documents() -> None:
     listed = set(links("docs/README.md"))
     present = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
-    assert listed - {PENDING} == present - {PENDING}
+    assert listed == present
 
 
 def test_the_readme_is_one_page() -> None:
