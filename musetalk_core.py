@@ -36,7 +36,7 @@ from worker.telemetry import (
 from worker.work_dir import WorkDir
 
 if TYPE_CHECKING:
-    from musetalk.fetching import Watcher
+    from musetalk.fetch_progress import Watcher
     from musetalk.render import Preview, RenderSession, RenderSummary
 
 _BUSY = "the worker is busy with another job"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import threading
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from musetalk.errors import RequestError, UnavailableError
+from musetalk.files import replacing
 from musetalk_core import Core
 from worker.jobs import Job, JobResult, error_body, parse_job
 from worker.orchestrator import (
@@ -81,13 +81,9 @@ class Outbox:
     def put(self, report: Report) -> Path:
         """Store a report; a later one about the same job replaces it. Raises OSError when the disk is full."""
         path = self._folder / f"{hashlib.sha256(report.buffer_job_id.encode()).hexdigest()[:32]}.json"
-        part = path.with_suffix(".part")
         text = json.dumps({"id": report.buffer_job_id, "body": dict(report.body), "created": report.created})
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
         return path
 
     def reports(self) -> list[tuple[Path, Report]]:

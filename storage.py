@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from musetalk.errors import ProcessingError
+from musetalk.files import replacing
 from worker.config import Settings
 from worker.stored import Store, StoredObject, TimeLimit, disk_errors, object_name, sha1_of, sidecar_bytes
 
@@ -69,25 +67,13 @@ class LocalStore:
         limit.check()
         with disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
-        with self._appearing(name) as temporary, temporary.open("xb") as copy:
+        with disk_errors(), replacing(self.folder / name) as temporary, temporary.open("xb") as copy:
             sha1, n_bytes = sha1_of(path, limit, copy.write)
-            copy.flush()
-            os.fsync(copy.fileno())
         stored = StoredObject(name, f"{self.public_base_url}/outputs/{quote(name)}", n_bytes, sha1, None)
         try:
-            with self._appearing(name.removesuffix(".mp4") + ".json") as temporary:
+            sidecar_path = self.folder / (name.removesuffix(".mp4") + ".json")
+            with disk_errors(), replacing(sidecar_path) as temporary:
                 temporary.write_bytes(sidecar_bytes(sidecar, stored))
         except (ProcessingError, TypeError, ValueError) as problem:
             logger.warning("the sidecar was not stored: %s", problem)
         return stored
-
-    @contextlib.contextmanager
-    def _appearing(self, name: str) -> Iterator[Path]:
-        """A temporary path beside `name` that takes its place at the end, or is removed."""
-        temporary = self.folder / f".{uuid.uuid4().hex}.part"
-        try:
-            with disk_errors():
-                yield temporary
-                temporary.replace(self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ The random numbers of step k depend on the stage's seed and k alone, so a run th
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from musetalk.files import replacing
 
 BUILD = Path(__file__).resolve().parent / "build"
 MODELS = Path(__file__).resolve().parent / "models"
@@ -84,17 +85,14 @@ def train(
             figures = " ".join(f"{key} {number:.4f}" for key, number in seen.items())
             print(f"{name} {step}/{n_steps} {pace:.3f} s/step {figures}", flush=True)
         if step % check_every == 0 or step == n_steps:
-            part = path.with_suffix(".part")
-            torch.save(
-                {
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "mean": mean,
-                    "step": step,
-                },
-                part,
-            )
-            os.replace(part, path)
+            state = {
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "mean": mean,
+                "step": step,
+            }
+            with replacing(path) as part:
+                torch.save(state, part)
             if on_check is not None:
                 kept_state = {key: value.clone() for key, value in network.state_dict().items()}
                 if mean:

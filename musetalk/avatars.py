@@ -14,7 +14,6 @@ import json
 import logging
 import mmap
 import os
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -32,6 +31,7 @@ from safetensors.numpy import save_file
 
 from musetalk.blending import PastePlan
 from musetalk.faces import Face
+from musetalk.files import replacing
 from musetalk.geometry import Box
 
 logger = logging.getLogger(__name__)
@@ -195,24 +195,15 @@ def _checksum(tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
 def write_avatar(path: Path, avatar: Avatar) -> int:
     """Write `avatar` to `path`, which appears whole or not at all; returns its bytes. Raises OSError."""
     tensors = _tensors(avatar)
-    # Readable by us alone: the pictures of a face can be made again from its latents.
-    handle, name = tempfile.mkstemp(prefix="writing-", suffix=_UNFINISHED, dir=path.parent)
-    os.close(handle)
-    unfinished = Path(name)
-    try:
+    # Readable by this user alone: a face can be reconstructed from its latents.
+    with replacing(path, suffix=_UNFINISHED, mode=0o600) as unfinished:
+        unfinished.touch(0o600)
         try:
             save_file({**tensors, "checksum": _checksum(tensors)}, unfinished)
         except SafetensorError as error:
             # The library reports a full disk in an error of its own.
             raise OSError(str(error)) from None
-        os.chmod(unfinished, 0o600)
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        n_bytes = unfinished.stat().st_size
-        os.replace(unfinished, path)
-        return n_bytes
-    finally:
-        unfinished.unlink(missing_ok=True)
+        return unfinished.stat().st_size
 
 
 def read_avatar(path: Path) -> Avatar:

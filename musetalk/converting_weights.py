@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from musetalk import weights
 from musetalk.errors import WeightsError
+from musetalk.files import replacing
 from musetalk.manifest import (
     MANIFEST,
     ModelVersion,
@@ -107,25 +107,20 @@ def _write(state: Mapping[str, Tensor], target: Path, entry: WeightFile) -> None
             free_bytes=free,
             kind="disk",
         )
-    # The suffix says which reader fits.
-    part = target.with_name(f".{target.stem}.part.safetensors")
     try:
-        save_file(dict(state), part, metadata={"format": "pt"})
-        written = weights.read_state(part)
-        if any(key not in written or not torch.equal(written[key], value) for key, value in state.items()):
-            raise WeightsError(f"{entry.converted_name} was not written as it should be", file=entry.converted_name)
-        del written
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, target)
+        # The suffix selects the reader that checks the file.
+        with replacing(target, suffix=".part.safetensors") as part:
+            save_file(dict(state), part, metadata={"format": "pt"})
+            written = weights.read_state(part)
+            if any(key not in written or not torch.equal(written[key], value) for key, value in state.items()):
+                raise WeightsError(f"{entry.converted_name} was not written correctly", file=entry.converted_name)
+            del written
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
         raise WeightsError(
             f"{entry.converted_name} cannot be written ({reason}); it needs {in_words(n_bytes)}",
             file=entry.converted_name,
         ) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _forget(models_dir: Path, source: Path) -> None:

@@ -10,18 +10,15 @@ token, or an address, whose query may be a signature.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import importlib
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import huggingface_hub
@@ -29,6 +26,8 @@ from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url, utils
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from musetalk.errors import WeightsError
+from musetalk.fetch_progress import Progress, Watcher
+from musetalk.files import PartFile, is_disk_full
 from musetalk.manifest import (
     MANIFEST,
     ModelVersion,
@@ -53,45 +52,6 @@ _LOCK_NAME = ".fetch.lock"
 _hub_utils: Any = utils
 # Answers that another try may change.
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a fetch: bytes of all files and the current file; `n_total` grows where a size is unknown."""
-
-    name: str
-    n_done: int
-    n_total: int
-
-    @property
-    def percent(self) -> int:
-        """Whole percents; 100 only when all is there."""
-        return self.n_done * 100 // self.n_total if self.n_total else 0
-
-
-def every(n_percent: int, report: Callable[[Progress], None]) -> Callable[[Progress], None]:
-    """Wrap `report` so that it is called once per `n_percent` of a fetch, for lines of text instead of a bar."""
-    reported = 0
-
-    def show(progress: Progress) -> None:
-        nonlocal reported
-        if progress.percent >= reported + n_percent:
-            reported = progress.percent
-            report(progress)
-
-    return show
-
-
-def _ignore(_message: object) -> None:
-    """News nobody asked for."""
-
-
-@dataclass(frozen=True)
-class Watcher:
-    """Observer of a fetch: `say` gets sentences for a log, `on_progress` every received block."""
-
-    say: Callable[[str], None] = _ignore
-    on_progress: Callable[[Progress], None] = _ignore
 
 
 @dataclass(frozen=True)
@@ -399,72 +359,34 @@ def _gave_up(entry: WeightFile, fault: _FaultError) -> WeightsError:
 # -- one file ---------------------------------------------------------------------------------------------------------
 
 
-class _Part:
-    """The growing file and its sum; opened where an earlier call stopped."""
+class _WeightsPart(PartFile):
+    """The growing file of one weight file; resumed where an earlier call stopped. Raises WeightsError."""
 
     def __init__(self, path: Path, name: str, n_total: int | None) -> None:
-        self._path, self._name, self._n_total = path, name, n_total
-        self.n_bytes = 0
-        self.hash = hashlib.sha256()
+        super().__init__(path)
+        self._name, self._n_total = name, n_total
 
-    def __enter__(self) -> _Part:
-        with self._disk_errors():
+    def __enter__(self) -> _WeightsPart:
+        with self.errors():
             for other in self._path.parent.glob(f".{Path(self._name).name}.*.part"):
                 if other != self._path:
                     other.unlink()
-            self._path.touch()
-            # Unbuffered: the file is what came, also after a kill.
-            self._file = self._path.open("r+b", buffering=0)
-            while block := self._file.read(_BLOCK_BYTES):
-                self.hash.update(block)
-                self.n_bytes += len(block)
+        super().__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # The failed write has been reported already.
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-    def write(self, block: bytes) -> None:
-        """Append; raises WeightsError when the disk is full."""
-        rest = memoryview(block)
-        with self._disk_errors():
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        self.hash.update(block)
-        self.n_bytes += len(block)
-
-    def restart(self) -> None:
-        """Forget what came."""
-        with self._disk_errors():
-            self._file.seek(0)
-            self._file.truncate()
-        self.hash, self.n_bytes = hashlib.sha256(), 0
-
-    def remove(self) -> None:
-        """What came is worth nothing."""
-        self._path.unlink(missing_ok=True)
-
     def git_sha1(self) -> str:
-        """The sum git knows a file by; the hub keeps small files in git."""
-        with self._disk_errors():
+        """The checksum by which git knows a file; the hub keeps small files in git."""
+        with self.errors():
             content = self._path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
-    def commit(self, destination: Path) -> None:
-        """Give the file its name, when all of it is on the disk."""
-        with self._disk_errors():
-            os.fsync(self._file.fileno())
-            os.replace(self._path, destination)
-
     @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
+    def errors(self) -> Iterator[None]:
+        """Turn errors of the disk into WeightsError that names the file."""
         try:
             yield
         except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            if not is_disk_full(error):
                 reason = error.strerror or type(error).__name__
                 raise WeightsError(f"{self._name} cannot be written ({reason})", file=self._name) from None
             n_total = "an unknown size" if self._n_total is None else in_words(self._n_total)
@@ -490,7 +412,7 @@ class _Download:
         """Receive, check, move; raises WeightsError."""
         remote = self._remote
         _make_folder(self._destination.parent)
-        with _Part(self._part_path, remote.entry.name, remote.n_bytes) as part:
+        with _WeightsPart(self._part_path, remote.entry.name, remote.n_bytes) as part:
             was_begun = part.n_bytes > 0
             self._receive_all(part)
             problem = self._problem(part)
@@ -503,11 +425,11 @@ class _Download:
                 part.remove()
                 raise WeightsError(f"{remote.entry.name} {problem}; the file was removed", file=remote.entry.name)
             part.commit(self._destination)
-            return Recorded(n_bytes=part.n_bytes, sha256=part.hash.hexdigest(), commit=remote.commit)
+            return Recorded(n_bytes=part.n_bytes, sha256=part.digest, commit=remote.commit)
 
-    def _problem(self, part: _Part) -> str | None:
+    def _problem(self, part: _WeightsPart) -> str | None:
         """What is wrong with the whole file, or None."""
-        remote, found = self._remote, part.hash.hexdigest()
+        remote, found = self._remote, part.digest
         for expected in (remote.entry.sha256, remote.sha256):
             if expected is not None and not found.startswith(expected):
                 begins = "" if len(expected) == len(found) else " at the beginning"
@@ -516,7 +438,7 @@ class _Download:
             return f"came with the git sum {sha1}, expected {remote.git_sha1}"
         return None
 
-    def _receive_all(self, part: _Part) -> None:
+    def _receive_all(self, part: _WeightsPart) -> None:
         """Try until all bytes are there; raises WeightsError when nothing new comes any more."""
         n_most, n_in_vain = part.n_bytes, 0
         while True:
@@ -530,7 +452,7 @@ class _Download:
                     raise _gave_up(self._remote.entry, fault) from None
             self._pause(min(_MAX_PAUSE_S, 2.0**n_in_vain))
 
-    def _receive(self, part: _Part) -> None:
+    def _receive(self, part: _WeightsPart) -> None:
         """One connection; raises _FaultError when it ends too early."""
         remote, n_total = self._remote, self._remote.n_bytes
         if n_total is not None and part.n_bytes > n_total:
@@ -560,7 +482,7 @@ class _Download:
         if n_total is not None and part.n_bytes < n_total:
             raise _FaultError(f"the connection ended after {part.n_bytes:,} of {n_total:,} bytes")
 
-    def _begin(self, part: _Part, answer: Any) -> None:
+    def _begin(self, part: _WeightsPart, answer: Any) -> None:
         """Judge status and headers; afterwards the part stands where the body goes on."""
         status = answer.status_code
         if status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {part.n_bytes}-"):

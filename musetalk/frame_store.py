@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from musetalk.errors import DiskFullError
+from musetalk.files import is_disk_full
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -103,7 +104,7 @@ class FrameStore:
             while written < len(data):
                 written += os.pwrite(self._file, data[written:], place.offset + written)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if is_disk_full(error):
                 raise DiskFullError("the disk is full; frames of the source could not be kept") from None
             raise
         self.disk_used += len(data)

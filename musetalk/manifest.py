@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from musetalk.errors import WeightsError
+from musetalk.files import replacing
 
 # `demo` is the project's own small model: v1.5's files and code path, without the official face networks.
 ModelVersion = Literal["v15", "v1", "demo"]
@@ -236,10 +236,9 @@ def write_record(models_dir: Path, record: Mapping[str, Recorded]) -> None:
         name: {key: value for key, value in asdict(facts).items() if value is not None}
         for name, facts in sorted(record.items())
     }
-    path, part = models_dir / RECORD_NAME, models_dir / f".{RECORD_NAME}.part"
     try:
-        part.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        with replacing(models_dir / RECORD_NAME) as part:
+            part.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise WeightsError(f"{RECORD_NAME} cannot be written ({error.strerror})", file=RECORD_NAME) from None
 

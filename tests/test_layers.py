@@ -12,26 +12,29 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Module -> the modules of ours it may import, at the top or inside a function. A package stands for all it holds.
 MODEL = {"musetalk"}
-ERRORS = {"musetalk/errors"}
+# What anybody may use: the tree of errors, and files that appear whole or not at all.
+BASE = {"musetalk/errors", "musetalk/files"}
+
 ALLOWED: dict[str, set[str]] = {
-    "worker/config": {*ERRORS},
-    "worker/jobs": {*ERRORS, "musetalk/options"},
-    "worker/job_control": {*ERRORS, "worker/config", "worker/jobs", "worker/telemetry"},
+    "worker/config": {*BASE},
+    "worker/jobs": {*BASE, "musetalk/options"},
+    "worker/job_control": {*BASE, "worker/config", "worker/jobs", "worker/telemetry"},
     "worker/readiness": {"worker/telemetry"},
-    "worker/inputs": {*ERRORS, "worker/config", "worker/jobs", "worker/net/downloads"},
-    "worker/machine": {*ERRORS},
+    "worker/inputs": {*BASE, "worker/config", "worker/jobs", "worker/net/downloads"},
+    "worker/machine": {*BASE},
     "worker/work_dir": set(),
-    "worker/telemetry": {*ERRORS, "worker/jobs"},
-    "worker/stored": {*ERRORS},
-    "worker/backblaze": {*ERRORS, "worker/stored", "worker/net/connections"},
+    "worker/telemetry": {*BASE, "worker/jobs"},
+    "worker/stored": {*BASE},
+    "worker/backblaze": {*BASE, "worker/stored", "worker/net/connections"},
     "worker/engine": {*MODEL, "worker/config", "worker/jobs", "worker/machine", "worker/telemetry"},
-    "worker/orchestrator": {*ERRORS, "worker/config", "worker/jobs", "worker/telemetry", "worker/net/connections"},
+    "worker/orchestrator": {*BASE, "worker/config", "worker/jobs", "worker/telemetry", "worker/net/connections"},
     "worker/lifecycle": {"worker/job_control", "worker/readiness", "worker/telemetry"},
-    "worker/net/addresses": {*ERRORS},
+    "worker/net/addresses": {*BASE},
     "worker/net/connections": {"worker/net/addresses"},
-    "worker/net/downloads": {*ERRORS, "worker/net/addresses", "worker/net/connections"},
+    "worker/net/downloads": {*BASE, "worker/net/addresses", "worker/net/connections", "worker/net/local_files"},
+    "worker/net/local_files": {*BASE},
     "worker/web/openapi": {"worker/jobs"},
-    "worker/web/playground": {*ERRORS, "worker/config", "worker/jobs", "worker/work_dir"},
+    "worker/web/playground": {*BASE, "worker/config", "worker/jobs", "worker/work_dir"},
     "worker/cli/weights": {*MODEL, "worker/config"},
     # Runs alone while the image is built.
     "worker/cli/salad_binary": set(),
@@ -39,19 +42,19 @@ ALLOWED: dict[str, set[str]] = {
         *MODEL,
         *(f"worker/{name}" for name in ("config", "engine", "jobs", "telemetry", "cli/weights")),
     },
-    "storage": {*ERRORS, "worker/config", "worker/stored", "worker/backblaze"},
+    "storage": {*BASE, "worker/config", "worker/stored", "worker/backblaze"},
     "musetalk_core": {
-        *ERRORS,
-        *("musetalk/fetching", "musetalk/render"),
+        *BASE,
+        *("musetalk/fetch_progress", "musetalk/render"),
         *(f"worker/{name}" for name in ("config", "engine", "inputs", "job_control", "jobs", "machine", "stored")),
         *("worker/readiness", "worker/telemetry", "worker/work_dir", "worker/cli/render", "storage"),
     },
-    "poller": {*ERRORS, "worker/jobs", "worker/orchestrator", "worker/telemetry", "musetalk_core"},
+    "poller": {*BASE, "worker/jobs", "worker/orchestrator", "worker/telemetry", "musetalk_core"},
     "app": {
         *("musetalk/errors", "musetalk/__version__", "musetalk_core"),
         *(f"worker/{name}" for name in ("config", "jobs", "orchestrator", "telemetry", "web")),
     },
-    "gunicorn.conf": {*ERRORS, "worker/config", "worker/lifecycle", "musetalk_core", "poller"},
+    "gunicorn.conf": {*BASE, "worker/config", "worker/lifecycle", "musetalk_core", "poller"},
 }
 # What a part must never import, also not from outside.
 NO_PIXELS = {"torch", "cv2", "av", "numpy"}

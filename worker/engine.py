@@ -18,7 +18,7 @@ from worker.telemetry import Metrics, StageClock, logger
 
 if TYPE_CHECKING:
     from musetalk.avatars import AvatarCache
-    from musetalk.fetching import Progress, Watcher
+    from musetalk.fetch_progress import Progress, Watcher
     from musetalk.media import EncoderSettings, MediaLimits
     from musetalk.models import Models
     from musetalk.options import RenderOptions
@@ -240,7 +240,8 @@ class EngineLoader:
     def _fetch_weights(self, version: ModelVersion) -> None:
         """Fetch into the models folder, with progress in the log and in `state`; raises WeightsError."""
         from musetalk import manifest
-        from musetalk.fetching import Watcher, every, fetch
+        from musetalk.fetch_progress import Watcher, every
+        from musetalk.fetching import fetch
 
         settings = self._settings
         watcher = self._watcher or Watcher(logger.info, every(_LOG_PERCENT, _log_fetched))

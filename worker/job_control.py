@@ -6,7 +6,6 @@ any thread.
 
 from __future__ import annotations
 
-import errno
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ from musetalk.errors import (
     ProcessingError,
     ShutdownError,
 )
+from musetalk.files import is_disk_full
 from worker.config import Settings
 from worker.jobs import Job, JobResult, Stage
 from worker.telemetry import StageClock
@@ -168,8 +168,7 @@ def _system_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, MemoryError) as error:
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        kind = DiskFullError if is_full else ProcessingError
+        kind = DiskFullError if is_disk_full(error) else ProcessingError
         reason = error.strerror if isinstance(error, OSError) else "out of memory"
         translated = kind(f"system error: {reason or type(error).__name__}", kind=type(error).__name__)
         translated.stage = getattr(error, "stage", None)

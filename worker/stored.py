@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from musetalk.errors import CancelledError, DeadlineError, DiskFullError, ProcessingError, SettingsError, StorageError
+from musetalk.files import is_disk_full
 
 _BLOCK_BYTES = 2**20
 _POLL_S = 0.05
@@ -135,7 +136,7 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        if problem.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if is_disk_full(problem):
             raise DiskFullError("the disk of the output folder is full") from None
         name = errno.errorcode.get(problem.errno or 0, "unknown")
         raise StorageError(f"the finished file could not be read or stored ({name})") from None

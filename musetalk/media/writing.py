@@ -7,10 +7,8 @@ Specified in docs/media.md#output-file. Knows no model.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
-import secrets
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from musetalk.errors import DiskFullError, EncodeError, MediaError
+from musetalk.files import is_disk_full, part_path, replacing, sync
 from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour, Matrix, Planes, black_planes, planes_to_bgr
 from musetalk.media.limits import MediaLimits
 from musetalk.media.opening import decode, open_container, prepare_decoder
@@ -170,7 +169,7 @@ class VideoWriter:
         self._duration = audio_duration if audio_path is not None else None
         self._n_written = 0
         self._closed = False
-        self._part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        self._part = part_path(path)
         self._container: Any = None
         self._sound: _SoundTrack | None = None
         if min(width, height) < 2 or width % 2 or height % 2 or n_frames < 1 or rate <= 0:
@@ -257,7 +256,7 @@ class VideoWriter:
                     self._container.mux(packet)
                 container, self._container = self._container, None
                 container.close()
-                _sync(self._part)
+                sync(self._part)
             info = self._check()
             with encoder_errors():
                 os.replace(self._part, self._path)
@@ -424,13 +423,8 @@ def write_picture(path: Path, planes: Planes, matrix: Matrix) -> None:
         raise EncodeError(f"a picture is one of {', '.join(PICTURE_SUFFIXES)}, not {path.suffix or 'without a suffix'}")
     bgr = planes_to_bgr(planes, matrix)
     _, data = cv2.imencode(path.suffix.lower(), bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with encoder_errors():
-            part.write_bytes(data.tobytes())
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with encoder_errors(), replacing(path) as part:
+        part.write_bytes(data.tobytes())
 
 
 @contextmanager
@@ -440,22 +434,13 @@ def encoder_errors() -> Iterator[None]:
         yield
     except (av.error.FFmpegError, OSError) as error:
         # FFmpeg's classes are OSErrors too where the number is the system's; the text may hold the path.
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if is_disk_full(error):
             raise DiskFullError("the disk is full; the output could not be written") from None
         reason = error.strerror or type(error).__name__
         raise EncodeError(f"the output could not be encoded or written ({reason})", kind=type(error).__name__) from None
     except (ValueError, OverflowError) as error:
         # An encoder this build does not have, or numbers its settings cannot hold.
         raise EncodeError("the output cannot be encoded with these settings", kind=type(error).__name__) from error
-
-
-def _sync(path: Path) -> None:
-    """Make the system write the file to the disk, so that a name never stands for data that a crash can lose."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def index_comes_first(path: Path) -> bool:

@@ -429,7 +429,7 @@ def test_a_full_disk_is_reported_before_and_while_writing(
 def test_a_disk_that_fills_up_leaves_nothing(host: MediaHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from worker.net import downloads
 
-    original = downloads._PartFile.__enter__
+    original = downloads._InputPart.__enter__
 
     class Full:
         def write(self, block: bytes) -> int:
@@ -444,7 +444,7 @@ def test_a_disk_that_fills_up_leaves_nothing(host: MediaHost, tmp_path: Path, mo
         self._file = Full()
         return self
 
-    monkeypatch.setattr(downloads._PartFile, "__enter__", enter)
+    monkeypatch.setattr(downloads._InputPart, "__enter__", enter)
     error = fail(host.serve("/x", Answer(body=BODY)), tmp_path, error=DiskFullError)
     assert str(tmp_path) not in str(error)
 

@@ -17,7 +17,7 @@ import torch
 
 from musetalk import devices, manifest
 from musetalk.errors import WeightsError
-from musetalk.fetching import Watcher
+from musetalk.fetch_progress import Watcher
 from musetalk_core import Core
 from tests.support.fake_hub import SIGNATURE, TOKEN, FakeHub, Order, manifest_of
 from tests.support.server import Server, wait_until

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from musetalk import media
+from musetalk import files, media
 from musetalk.errors import DiskFullError, EncodeError, MediaError
 from musetalk.frames import BT601_PAL, BT709, Colour, Planes
 from musetalk.media import writing
@@ -444,7 +444,7 @@ def test_a_file_that_is_not_what_was_meant_gets_no_name(
     folder = tmp_path / "job"
     folder.mkdir()
     audio = wav(tmp_path / "a.wav", clips.tone(1.0, 16_000), 16_000)
-    sync = writing._sync
+    sync = files.sync
 
     def sync_and_spoil(path: Path) -> None:
         sync(path)
@@ -453,7 +453,7 @@ def test_a_file_that_is_not_what_was_meant_gets_no_name(
             spoil(moved)
             moved.replace(path)
 
-    monkeypatch.setattr(writing, "_sync", sync_and_spoil)
+    monkeypatch.setattr(writing, "sync", sync_and_spoil)
     with pytest.raises(EncodeError, match=complaint) as caught:
         write(folder / "out.mp4", 25, audio_path=audio)
     assert str(tmp_path) not in str(caught.value)

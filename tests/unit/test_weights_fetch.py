@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from musetalk import fetching, manifest, weights
 from musetalk.converting_weights import convert
 from musetalk.errors import WeightsError
-from musetalk.fetching import Progress, Watcher, fetch
+from musetalk.fetch_progress import Progress, Watcher
+from musetalk.fetching import fetch
 from musetalk.manifest import WeightFile, read_record
 from musetalk.models import load_models
 from musetalk.verifying import verify

@@ -17,7 +17,7 @@ from worker.jobs import JobParams, Stage, parse_params
 from worker.telemetry import configure_logging
 
 if TYPE_CHECKING:
-    from musetalk.fetching import Watcher
+    from musetalk.fetch_progress import Watcher
     from musetalk.render import Preview
 
 

@@ -14,7 +14,8 @@ from typing import NoReturn
 
 from musetalk import manifest
 from musetalk.errors import MuseTalkError
-from musetalk.fetching import Progress, Watcher, every, fetch
+from musetalk.fetch_progress import Progress, Watcher, every
+from musetalk.fetching import fetch
 from musetalk.manifest import ModelVersion
 from worker.config import Settings, load_settings
 

@@ -12,29 +12,26 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import errno
-import hashlib
 import logging
-import mimetypes
-import os
 import random
 import re
 import shutil
-import stat
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
-from urllib.parse import unquote, urljoin, urlsplit
+from types import TracebackType
+from typing import Any, Literal
+from urllib.parse import urljoin
 
 import requests
 import urllib3
 
 from musetalk.errors import CancelledError, DiskFullError, DownloadError, ProcessingError
+from musetalk.files import PartFile, is_disk_full, part_path
 from worker.net.addresses import Resolver, Target, check_addresses, check_target, parse_target, redact_url, resolve_host
 from worker.net.connections import (
     CutSwitch,
@@ -44,6 +41,7 @@ from worker.net.connections import (
     is_unreachable,
     resolve_within,
 )
+from worker.net.local_files import copy_local
 
 logger = logging.getLogger("musetalk.downloads")
 
@@ -122,10 +120,11 @@ def fetch(
     try:
         with (
             _Watch(settings.total_timeout_s, should_stop) as watch,
-            _PartFile(destination, kind, settings, url) as part,
+            _InputPart(destination, kind, settings, url) as part,
         ):
             if is_local:
-                content_type = _copy_local(url, part, settings, watch)
+                roots = settings.file_url_roots if settings.allow_file_urls else None
+                content_type = copy_local(url, part, roots, watch.check)
             else:
                 content_type = _Download(url, part, settings, watch, resolve, sha256).run()
             if part.n_bytes == 0:
@@ -133,7 +132,7 @@ def fetch(
             if sha256 is not None and part.digest != sha256.lower():
                 raise DownloadError(f"the {kind} does not have the expected checksum", url=redact_url(url))
             watch.check()
-            part.commit()
+            part.commit(destination)
             return FetchedFile(part.n_bytes, part.digest, content_type, time.monotonic() - started)
     except _TimeUpError:
         text = f"the {kind} could not be fetched: it did not arrive within {settings.total_timeout_s:g} s"
@@ -224,89 +223,55 @@ class _Watch:
             self.check()
 
 
-class _PartFile:
-    """The file while it grows: temporary name, running hash, byte limit; removed unless committed."""
+class _InputPart(PartFile):
+    """The growing input file: a temporary name, a byte limit, removed unless committed. Raises our errors."""
 
     def __init__(self, destination: Path, kind: Kind, settings: DownloadSettings, url: str) -> None:
+        super().__init__(part_path(destination))
         self.kind = kind
         self.limit = settings.max_bytes(kind)
-        self.n_bytes = 0
-        self._url = url
-        self._destination = destination
-        self._path = destination.with_name(f".{destination.name}.{uuid.uuid4().hex}.part")
-        self._hash = hashlib.sha256()
-        self._file: BinaryIO | None = None
+        self._url, self._destination = url, destination
 
-    def __enter__(self) -> _PartFile:
-        with _disk_errors():
-            self._file = self._path.open("xb")
+    def __enter__(self) -> _InputPart:
+        super().__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessingError):
-            self._close()
-        self._path.unlink(missing_ok=True)
-
-    @property
-    def digest(self) -> str:
-        return self._hash.hexdigest()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self.remove()
 
     def expect(self, n_more: int) -> None:
-        """Raise when so many more bytes break the limit or do not fit on the disk."""
+        """Raise when `n_more` bytes would break the limit or do not fit on the disk."""
         if self.n_bytes + n_more > self.limit:
             raise self._too_large()
-        with _disk_errors():
+        with self.errors():
             free = shutil.disk_usage(self._destination.parent).free
         if free < n_more + SPARE_DISK_BYTES:
             raise DiskFullError(f"there is no room on the disk for the {self.kind}", n_bytes=self.n_bytes + n_more)
 
-    def append(self, block: bytes) -> None:
-        """Write the next bytes; raises DownloadError beyond the limit, DiskFullError when the disk is full."""
-        assert self._file is not None
+    def write(self, block: bytes) -> None:
+        """Append the next bytes; raises DownloadError beyond the limit, DiskFullError when the disk is full."""
         if self.n_bytes + len(block) > self.limit:
             raise self._too_large()
-        with _disk_errors():
-            self._file.write(block)
-        self._hash.update(block)
-        self.n_bytes += len(block)
+        super().write(block)
 
-    def restart(self) -> None:
-        """Forget what was written."""
-        assert self._file is not None
-        with _disk_errors():
-            self._file.seek(0)
-            self._file.truncate()
-        self._hash = hashlib.sha256()
-        self.n_bytes = 0
-
-    def commit(self) -> None:
-        """Give the file its name."""
-        with _disk_errors():
-            self._close()
-            self._path.replace(self._destination)
-
-    def _close(self) -> None:
-        if self._file is not None:
-            file, self._file = self._file, None
-            with _disk_errors():
-                file.close()
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn errors of the disk into ours, without its paths."""
+        try:
+            yield
+        except OSError as problem:
+            if is_disk_full(problem):
+                raise DiskFullError("the disk is full") from None
+            name = errno.errorcode.get(problem.errno or 0, "unknown")
+            raise ProcessingError(f"the download could not be written ({name})") from None
 
     def _too_large(self) -> DownloadError:
         return DownloadError(
             f"the {self.kind} is too large: more than {self.limit} bytes", url=redact_url(self._url), limit=self.limit
         )
-
-
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    """Turn what the local disk says into our errors, without its paths."""
-    try:
-        yield
-    except OSError as problem:
-        if problem.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise DiskFullError("the disk is full") from None
-        name = errno.errorcode.get(problem.errno or 0, "unknown")
-        raise ProcessingError(f"the download could not be written ({name})") from None
 
 
 class _Download:
@@ -315,7 +280,7 @@ class _Download:
     def __init__(
         self,
         url: str,
-        part: _PartFile,
+        part: _InputPart,
         settings: DownloadSettings,
         watch: _Watch,
         resolve: Resolver,
@@ -475,7 +440,7 @@ class _Download:
     def _receive(self, response: requests.Response) -> None:
         for block in response.iter_content(BLOCK_BYTES):
             self.watch.check()
-            self.part.append(block)
+            self.part.write(block)
         self.watch.check()
         # urllib3 1 takes a body that ends early for a whole one.
         if self.total is not None and self.part.n_bytes != self.total:
@@ -534,47 +499,3 @@ def _retry_after(value: str | None, longest_s: float) -> float:
     except (TypeError, ValueError):
         return 0.0
     return min(max(wait, 0.0), longest_s)
-
-
-def _copy_local(url: str, part: _PartFile, settings: DownloadSettings, watch: _Watch) -> str | None:
-    """Copy the file that a `file:` address names, when they are allowed and it lies in an allowed folder."""
-    path = _local_path(url, settings)
-    try:
-        # Without following a link put there meanwhile, and without hanging on a pipe.
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        raise DownloadError("the file named by a file: address does not exist", url="file:…") from None
-    try:
-        info = os.fstat(handle)
-        if not stat.S_ISREG(info.st_mode):
-            raise DownloadError("the file: address does not name a regular file", url="file:…")
-        part.expect(info.st_size)
-        while block := os.read(handle, BLOCK_BYTES):
-            watch.check()
-            part.append(block)
-    except OSError:
-        raise DownloadError("the file named by a file: address could not be read", url="file:…") from None
-    finally:
-        os.close(handle)
-    return mimetypes.guess_type(path.name)[0]
-
-
-def _local_path(url: str, settings: DownloadSettings) -> Path:
-    if not settings.allow_file_urls:
-        raise DownloadError("the address was refused: file: addresses are not allowed here", url="file:…")
-    try:
-        parts = urlsplit(url)
-        text = unquote(parts.path, errors="strict")
-        is_plain = parts.netloc.lower() in {"", "localhost"} and not parts.query and not parts.fragment
-    except ValueError:
-        is_plain = False
-    if not is_plain or not text.startswith("/") or "\0" in text:
-        raise DownloadError("the address was refused: it is not a plain file: address", url="file:…")
-    try:
-        path = Path(text).resolve()
-        is_inside = any(path.is_relative_to(root.resolve()) for root in settings.file_url_roots)
-    except (OSError, RuntimeError):
-        is_inside = False
-    if not is_inside:  # refused first, so that the answer does not reveal whether the file exists
-        raise DownloadError("the address was refused: it leads outside the allowed folders", url="file:…")
-    return path
