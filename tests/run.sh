@@ -8,11 +8,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash setup_env.sh dev
 [ "${1:-}" = "--setup-only" ] && exit 0
 
-# The playground is tested in a real browser; without root those tests are skipped, with the reason.
-if ! command -v chromium >/dev/null 2>&1 && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-  printf 'setup: installing chromium for the tests\n' >&2
+# The page is tested in a real browser. Without root those tests are skipped, and the reason names what is missing.
+missing=()
+command -v chromium >/dev/null 2>&1 || missing+=(chromium)
+command -v chromedriver >/dev/null 2>&1 || missing+=(chromium-driver)
+if [ "${#missing[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+  printf 'setup: installing %s for the tests\n' "${missing[*]}" >&2
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-    chromium chromium-driver; } >/dev/null 2>&1 || printf 'setup: chromium could not be installed\n' >&2
+    "${missing[@]}"; } >/dev/null 2>&1 || printf 'setup: %s could not be installed\n' "${missing[*]}" >&2
 fi
 
 export PATH="$PWD/.venv/bin:$PATH"
@@ -23,20 +26,19 @@ if [ "$#" -gt 0 ]; then
 fi
 step() { printf '\n== %s\n' "$*"; }
 step "ruff"; ruff check . && ruff format --check .
-# Each Python gets another NumPy, with other annotations, and what is right of one is wrong of the next.
-if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+step "language"; python -m tests.language
+# The packages of each Python have other annotations; the code is right under those of 3.10 and 3.11.
+if python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))'; then
   step "mypy"; mypy
 else
-  step "mypy: only with Python 3.11"
+  step "mypy: only with Python 3.10 and 3.11"
 fi
-# Keys, tokens and addresses with a login; what only looks like one is marked in its line.
+# Keys, tokens and addresses with a login; a line that only looks like one is marked there.
 if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
   step "secrets"; git ls-files -z | xargs -0 detect-secrets-hook
 fi
 step "shellcheck"; shellcheck ./*.sh tests/*.sh .ci/run
-if [ -f Dockerfile.worker ]; then
-  step "hadolint"; hadolint Dockerfile.worker
-fi
-# One process a core, with one thread each: threads of several processes on one core mostly wait for each other.
+step "hadolint"; hadolint Dockerfile.worker
+# One process per core, with one thread each: threads of several processes on one core mostly wait for each other.
 export OMP_NUM_THREADS=1
-step "pytest"; exec python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder
+step "pytest"; python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder

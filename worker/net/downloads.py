@@ -1,10 +1,9 @@
-"""From an address to a file, with limits in bytes and seconds. Knows no storage, no jobs and no media formats.
+"""Download of an address to a file, with limits in bytes and seconds. Knows no storage, no jobs and no media formats.
 
-`fetch` streams into a temporary name and renames at the end; after a failure nothing is left. What can change is tried
-again (refused connections, resets, cut bodies, 408, 429, 5xx), resuming where the host allows it; the rest fails at
-once. Each hop is judged by `addresses` and the socket goes to an address that was judged, so neither a redirect nor a
-second look-up leads elsewhere. Redirects: five at most, never from https down to http. Proxies, cookies and
-credentials of the environment are not used. Signed addresses appear in no log and no error.
+`fetch` writes to a temporary name and renames at the end; a failure leaves nothing. It retries what can change (refused
+connections, resets, cut bodies, 408, 429, 5xx) and resumes where the host allows it; other failures are final. `addresses`
+checks each redirect, and the connection goes to the address that was checked, so that no second lookup leads elsewhere.
+Proxies, cookies and credentials of the environment are not used. No log and no error contains a signed address.
 """
 
 from __future__ import annotations

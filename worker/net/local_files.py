@@ -28,7 +28,7 @@ class Part(Protocol):
 def copy_local(url: str, part: Part, roots: Sequence[Path] | None, check: Callable[[], None]) -> str | None:
     """Copy the file that a `file:` address names into `part` and return its content type by its name.
 
-    `roots` are the allowed folders (None: `file:` addresses are not allowed). `check()` is called between blocks and may
+    `roots` are the allowed folders (None: `file:` addresses are refused). `check()` is called between blocks and may
     raise. Raises DownloadError.
     """
     path = _local_path(url, roots)
