@@ -1,4 +1,4 @@
-"""The networks alone: frames a second by batch, precision and form, and how much of the machine's peak that is.
+"""The networks alone: frames a second by batch, precision and acceleration, and the share of the machine's peak.
 
     .venv/bin/python -m benchmarks.engine [--model tiny|demo|full] [--batches 1,4,8] [--dtypes float32,bfloat16]
         [--accelerations none,graphs,compile] [--rounds 5] [--threads N] [--profile] [--json FILE]
@@ -182,7 +182,7 @@ def main() -> None:
     dtypes = (given.dtypes or ("float32,float16,bfloat16" if on_gpu else "float32,bfloat16")).split(",")
     forms = (given.accelerations or ("none,graphs" if on_gpu else "none")).split(",")
     if not on_gpu and forms != ["none"]:
-        raise SystemExit("--accelerations: on a CPU there is only the plain form, none")
+        raise SystemExit("--accelerations: on a CPU only `none` is possible")
     rates: list[Rate] = []
     peaks: dict[str, float] = {}
     facts: dict[str, Any] = {"machine": machine(device), "model": given.model}

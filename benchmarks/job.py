@@ -1,13 +1,13 @@
-"""Whole jobs through the core: cold, warm, the same source again; where the time goes and what share is the model.
+"""Whole jobs through the core: cold, warm, the same source again; time by stage and the share of the model.
 
     .venv/bin/python -m benchmarks.job [--model tiny|demo|full] [--sizes 720p,1080p] [--seconds 10,60] [--batch 8]
         [--dtype NAME] [--source-seconds S] [--acceleration none|graphs|compile] [--jobs cold,repeat] [--json FILE]
         [--demo-pair]
 
-"cold" is the first job of a process whose networks ran once, on a source nobody has seen; "warm" another such source;
-"repeat" the first source with another speech, prepared already. Model-only is the rate of the same networks at the same
-batch in the same process (benchmarks.engine, launched ahead); its share of the whole job's rate says how much is lost
-around it. Peak memory is the process's; what it was before the first job stands beside it. Synthetic clips, a given
+"cold" is the first job of a process whose networks ran once, on a new source; "warm" another new source;
+"repeat" the first source, already prepared, with another speech. Model-only is the rate of the same networks at that
+batch in the same process (benchmarks.engine, launched ahead); its share of the whole job's rate shows the loss
+around it. Peak memory is the process's, beside its value before the first job. Synthetic clips, a given
 face box, no network.
 """
 
@@ -41,7 +41,7 @@ _IN_A_ROW = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """One job: seconds by stage, its rate, and what the process held at its peak."""
+    """One job: seconds by stage, rate, and peak memory of the process."""
 
     size: str
     audio_s: float

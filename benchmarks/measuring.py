@@ -1,4 +1,4 @@
-"""What a process took, and what machine it ran on."""
+"""Resources used by a process, and the machine it ran on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def memory(field: str) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on, and with which versions."""
+    """Machine and versions of a measurement."""
     model = next(
         (
             line.partition(":")[2].strip()

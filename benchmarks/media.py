@@ -55,7 +55,7 @@ FLAT_WITHIN = 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """What one side is to do: the first `n_frames` frames of `clip`, with `audio`, into `folder / "out.mp4"`."""
+    """Task of one side: the first `n_frames` frames of `clip`, with `audio`, into `folder / "out.mp4"`."""
 
     clip: Path
     audio: Path
@@ -66,13 +66,13 @@ class Job:
 
     @property
     def output(self) -> Path:
-        """Where the finished video goes."""
+        """Path of the finished video."""
         return self.folder / "out.mp4"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one side took: CPU is user and system of the process and its children; memory in bytes."""
+    """Resources of one side: CPU is user and system of the process and its children; memory in bytes."""
 
     side: str
     n_frames: int
@@ -112,7 +112,7 @@ def canned_labels() -> UInt8Array:
 
 
 def prepare_frame(planes: Planes, labels: UInt8Array, box: Box, matrix: Matrix) -> tuple[PastePlan, UInt8Array]:
-    """What is done once for a source frame: the crop that would go to the encoder, and where the patch goes."""
+    """Work done once for a source frame: the crop for the encoder, and the place of the patch."""
     around = blend_box(box)
     region = around.clipped(planes.width, planes.height)
     picture = planes_to_bgr(planes, matrix, region)
@@ -202,7 +202,7 @@ def measure(side: str, job: Job) -> Report:
         wall_s=time.monotonic() - wall,
         peak_rss=memory("VmHWM"),
         imports_rss=imports_rss,
-        # Neither side removes anything: what lies beside the result is what was needed.
+        # Neither side removes anything, so the files beside the result show what was needed.
         temporary_disk=sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file())
         - job.output.stat().st_size,
         output_bytes=job.output.stat().st_size,
@@ -223,7 +223,7 @@ def run_side(side: str, job: Job) -> Report:
 
 
 def check_output(side: str, job: Job) -> None:
-    """Raise RuntimeError unless the video holds every picture that was asked for and sound of the same length."""
+    """Raise RuntimeError unless the video contains every requested picture and sound of the same length."""
     n_frames, sound_s, rate = describe(job.output)
     if n_frames != job.n_frames:
         raise RuntimeError(f"{side} made {n_frames} frames of {job.n_frames}")
@@ -265,7 +265,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What a case gave; `longer` is ours on more frames (None: the clip has no more)."""
+    """Result of a case; `longer` is ours on more frames (None: the clip has no more)."""
 
     name: str
     ours: Report
@@ -279,7 +279,7 @@ class Result:
 
     @property
     def growth(self) -> float | None:
-        """How much more memory the longer run took, as a share."""
+        """Growth of memory in the longer run, as a share."""
         return None if self.longer is None else self.longer.peak_rss / self.ours.peak_rss - 1
 
 

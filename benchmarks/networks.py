@@ -1,6 +1,6 @@
-"""Networks for the benchmarks, three sizes: speed does not depend on what the weights hold, so random ones serve.
+"""Networks for the benchmarks, three sizes: speed does not depend on the weights, so random ones are used.
 
-    tiny   a generator and a Whisper that cost next to nothing: what is left is the surroundings
+    tiny   a generator and a Whisper that cost next to nothing, to measure everything around them
     demo   the bundled demo model
     full   the official sizes, filled with random numbers
 
@@ -63,7 +63,7 @@ _SMALL_WHISPER = {"d_model": 32, "encoder_layers": 4, "encoder_attention_heads":
 
 
 class NoFaces:
-    """Stands for the detector, which a benchmark spares both sides by giving the box."""
+    """Stand-in for the detector; benchmarks give the box to both sides."""
 
     def find(self, frames: Sequence[UInt8Array], *, bbox_shift: int = 0) -> list[Face | None]:  # noqa: ARG002
         """No face anywhere."""
@@ -106,7 +106,7 @@ def build(size: Size, device: torch.device, dtype: torch.dtype) -> Models:
 
 
 def n_parameters(network: nn.Module) -> int:
-    """Numbers a network holds."""
+    """Number of a network's parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -117,14 +117,14 @@ def synchronise(device: torch.device) -> None:
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, time_of: Callable[[Callable[[], object]], float]) -> float:
-    """What the device reaches in a large product of matrices: the ceiling that shares are taken of."""
+    """Speed of the device in a large product of matrices: the ceiling for all shares."""
     side = 8192 if device.type == "cuda" else 1536
     one = torch.randn(side, side, device=device, dtype=dtype)
     return 2 * side**3 / time_of(lambda: one @ one) / 1e12
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on, and with which versions."""
+    """Machine and versions of a measurement."""
     facts = measuring.machine()
     for name in ("torch", "diffusers", "transformers"):
         facts[name] = importlib.metadata.version(name)

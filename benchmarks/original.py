@@ -16,7 +16,7 @@ from musetalk.frames import UInt8Array
 from musetalk.geometry import Box
 
 # The prediction of FFmpeg's PNG encoder: "none" was its default up to 7.0. With "paeth", the default of 8.0, encoding
-# takes about three times as long; the original is older, so the cheaper one is what ours is held against.
+# takes about three times as long; the original is older, so ours is compared with the cheaper one.
 PNG_FILTERS = ("none", "paeth")
 _FIRST_PASS = {"preset": "medium", "crf": "18"}
 _SECOND_PASS = {"preset": "medium", "crf": "23"}
@@ -73,7 +73,7 @@ def encode_pictures(folder: Path, output: Path, rate: Fraction) -> None:
 
 
 def encode_again(silent: Path, audio: Path, output: Path) -> int:
-    """Second pass: the video decoded and encoded once more, the sound beside it as AAC; returns the frames."""
+    """Second pass: decode and encode the video again, with the sound as AAC; return the number of frames."""
     n_frames = 0
     with av.open(str(silent)) as source, av.open(str(audio)) as sound, av.open(str(output), "w") as container:
         pictures, voice = source.streams.video[0], sound.streams.audio[0]

@@ -1,4 +1,4 @@
-"""Whether the worker stays answerable under load: /hc and heartbeats while a job runs and both cores are taken.
+"""Responsiveness under load: /hc and heartbeats while a job runs and both cores are busy.
 
     python -m benchmarks.service [--seconds 40] [--hogs 2]
 

@@ -7,8 +7,8 @@ The upstream procedure, rewritten from its description: all source frames to PNG
 crop encoded alone, the masked half and the whole after each other; frames and latents doubled back to front; UNet and
 decoder in batches, waiting for each; then for each output frame the whole picture copied, the face parsed, the mask
 made, blended by Pillow and written as PNG; two x264 passes. Both sides have their networks loaded and have run them
-once; both get the face box, which spares upstream its detection, one frame at a time. Ours runs a source it has never
-seen ("cold") and the same again ("repeat"). Each side and round runs after the other in a process of its own; medians.
+once; both get the face box, so upstream avoids its detection, one frame at a time. Ours runs a new source
+("cold") and the same again ("repeat"). Each side and round runs after the other in a process of its own; medians.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Took:
-    """What a side took for it."""
+    """Time and memory of one side."""
 
     side: str
     n_frames: int
@@ -114,7 +114,7 @@ def _encode_alone(models: Models, crop: UInt8Array) -> torch.Tensor:
 
 
 def ours(models: Models, task: Task, avatars: AvatarCache) -> int:
-    """This worker's way, as a job runs it; returns the number of frames."""
+    """Run the job this worker's way; return the number of frames."""
     defaults = version_defaults(models.version)
     on_gpu = models.device.type == "cuda"
     options = RenderOptions(

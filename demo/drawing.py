@@ -50,7 +50,7 @@ class Canvas:
         return np.asarray(cv2.GaussianBlur(soft, (0, 0), blur * SCALE), np.float32) if blur > 0 else soft
 
     def paint(self, mask: Image, colour: Colour | Image, strength: float = 1.0) -> None:
-        """Colour over what is there, under the mask; makes the place opaque where the canvas has an alpha."""
+        """Blend a colour over the canvas under the mask; with an alpha channel, make the place opaque."""
         weight = (mask * strength)[..., None]
         self.pixels += weight * (np.asarray(colour, np.float32) - self.pixels)
         if self.alpha is not None:

@@ -90,7 +90,7 @@ def corpus() -> tuple[FloatArray, FloatArray]:
         BUILD.mkdir(exist_ok=True)
         with multiprocessing.get_context("spawn").Pool(2) as pool:
             made = pool.map(_make_clip, range(N_CLIPS + N_HELD_OUT), chunksize=8)
-        # Half precision of the logarithm holds five digits of the power's order.
+        # The logarithm in half precision keeps the order of the power to five digits.
         logs = np.stack([np.log10(np.maximum(power, 1e-10)) for power, _ in made]).astype(np.float16)
         np.savez(path, logs=logs, mouths=np.stack([mouth for _, mouth in made]))
     with np.load(path) as data:
@@ -178,7 +178,7 @@ def listen(listener: Listener, power: FloatArray) -> FloatArray:
 
 
 def run(n_steps: int = 4000) -> Listener:
-    """Train, or go on; returns the trained network."""
+    """Train, or resume training; return the network."""
     power, mouths = corpus()
     listener = Listener()
     importance = torch.tensor(IMPORTANCE)

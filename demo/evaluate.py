@@ -1,9 +1,9 @@
-"""How well the demo model speaks: figures on speech it never heard, through the worker's own pipeline.
+"""Evaluation of the demo model: figures on speech it was not trained on, through the worker's own pipeline.
 
     python -m demo.evaluate [--sheets FOLDER] [--human FILE]
 
-The avatar is drawn at rest, the pipeline makes it speak, and a linear reader, fitted on true renders, says what the
-mouth does in each frame. The truth is the portrait drawn with the mouths of the phonemes.
+The avatar is drawn at rest, the pipeline makes it speak, and a linear reader, fitted on true renders, measures the
+mouth in each frame. The truth is the portrait drawn with the mouths of the phonemes.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def speech_figures(models: Models, folder: Path, identity: Identity | None = Non
 
 
 def silence_figures(models: Models, folder: Path, seconds: float = 2.0) -> dict[str, float]:
-    """What the mouth does when nothing is said."""
+    """Opening of the mouth in silence."""
     portrait = Portrait()
     poses = natural_poses(round(seconds * FPS), 17)
     source, quiet, output = folder / "quiet.mp4", folder / "quiet.flac", folder / "quiet-spoken.mp4"

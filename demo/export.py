@@ -51,7 +51,7 @@ def export(encoder: WhisperEncoder, vae: AutoencoderKL, unet: UNet2DConditionMod
 
 
 def as_stored(network: torch.nn.Module) -> torch.nn.Module:
-    """The network with its numbers rounded as the files hold them."""
+    """The network with its numbers rounded as in the files."""
     with torch.no_grad():
         for value in network.state_dict().values():
             value.copy_(value.half())

@@ -1,4 +1,4 @@
-"""Who is drawn: the demo's avatar, or somebody else by chance."""
+"""Identity of the drawn person: the demo's avatar, or a random one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from demo.drawing import Colour, mixed, rgb
 
 @dataclass(frozen=True)
 class Identity:
-    """Who is drawn; the default is the demo's avatar. Lengths in px of the portrait."""
+    """Identity of a drawn person; the default is the demo's avatar. Lengths in px of the portrait."""
 
     skin: Colour = rgb(236, 196, 170)
     shade: Colour = rgb(188, 128, 104)

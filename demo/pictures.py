@@ -45,7 +45,7 @@ class Pictures:
 
 
 def random_pose(random: np.random.Generator) -> Pose:
-    """A head that is held a little differently, in a little other light."""
+    """A slightly different pose and light."""
     return Pose(
         roll_deg=float(random.normal(0, 2.2)),
         dx=float(random.normal(0, 6)),

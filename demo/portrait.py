@@ -19,14 +19,14 @@ from demo.drawing import SCALE, Canvas, Image, curve, ellipse, mirrored, mixed, 
 from demo.identity import Identity
 
 SIZE = 512
-# Where the origin of the face lies in the portrait, and the point the head turns about.
+# Origin of the face in the portrait, and the point about which the head turns.
 CENTRE = (256.0, 226.0)
 PIVOT = (0.0, 190.0)
 
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the head is: turned in the picture by degrees, moved by px, scaled; lids 0 open .. 1 shut; gaze in px."""
+    """Pose of the head: turned in the picture by degrees, moved by px, scaled; lids 0 open .. 1 shut; gaze in px."""
 
     roll_deg: float = 0.0
     dx: float = 0.0
@@ -253,7 +253,7 @@ class Portrait:
 
     @cached_property
     def _jaw_field(self) -> Image:
-        """How far each pixel of the mouth area follows the jaw, 0..1."""
+        """Share of the jaw's movement that each pixel of the mouth area follows, 0..1."""
         who = self.identity
         x0, y0, x1, y1 = _MOUTH_AREA
         ys, xs = np.mgrid[y0 : y1 : 1 / SCALE, x0 : x1 : 1 / SCALE].astype(np.float32)

@@ -65,7 +65,7 @@ def free_port() -> int:
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> dict[str, Any]:
-    """What /hc says once it is 200; exits when the worker cannot start."""
+    """Wait for /hc to be 200 and return its body; exits when the worker cannot start."""
     ends = time.monotonic() + START_LIMIT_S
     body: dict[str, Any] = {}
     while server.poll() is None and time.monotonic() < ends:

@@ -1,6 +1,6 @@
-"""What all training stages share: where things lie, checkpoints that resume to the same step, the learning rate.
+"""Parts of all training stages: folders, checkpoints that resume at the same step, the learning rate.
 
-The random numbers of step k depend on the stage's seed and k alone, so a run that was stopped goes on as if it had not.
+The random numbers of step k depend only on the stage's seed and k, so a stopped run resumes without a difference.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def train(
     check_every: int = 250,
     average: float = 0.0,
 ) -> None:
-    """Run a stage to step `n_steps` from wherever its checkpoint is; prints one line every 50 steps.
+    """Run a stage from its checkpoint to step `n_steps`; print one line every 50 steps.
 
-    `average` > 0 keeps a running mean of the weights, which is what the network holds at the end.
+    `average` > 0 keeps a running mean of the weights, which the network has at the end.
     """
     torch.manual_seed(0)
     BUILD.mkdir(exist_ok=True)
@@ -61,7 +61,7 @@ def train(
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         mean, step = saved["mean"], saved["step"]
-        print(f"{name}: goes on at step {step}", flush=True)
+        print(f"{name}: resumed at step {step}", flush=True)
     seen: dict[str, float] = {}
     started, first = time.monotonic(), step
     while step < n_steps:

@@ -2,7 +2,7 @@
 
     encoder (with its speech) -> pictures -> vae -> unet -> export
 
-Each stage counts its steps, starts from fixed seeds, and goes on where it was stopped; what it makes lies in
+Each stage counts its steps, starts from fixed seeds, and resumes where it was stopped; its files are in
 demo/build.
 Needs the Debian packages espeak-ng, libespeak-ng1 and flite.
 """

@@ -50,7 +50,7 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Heard:
-    """What the encoder makes of the training speech: states (clips, n, layers, d), calibrated mouths (clips, n, 5)."""
+    """The encoder's output for the training speech: states (clips, n, layers, d), calibrated mouths (clips, n, 5)."""
 
     states: NDArray[np.float16]
     mouths: FloatArray
@@ -167,7 +167,7 @@ def encode_all(vae: AutoencoderKL, crops: NDArray[np.uint8]) -> tuple[Tensor, Te
 
 
 def latent_importance(side: int) -> Tensor:
-    """What an error costs by place: the lower half, most of all the mouth."""
+    """Weight of an error by place: the lower half, most of all the mouth."""
     return seeing.importance(side, side)[None, None] * 1.0
 
 

@@ -48,7 +48,7 @@ def as_input(crops: np.ndarray[Any, Any]) -> Tensor:
 
 
 def importance(height: int, width: int) -> Tensor:
-    """What an error costs by place in the whole crop: the upper half is never shown, the mouth is looked at."""
+    """Weight of an error by place in the crop: the upper half is never shown, viewers look at the mouth."""
     ys, xs = np.mgrid[0:height, 0:width]
     y, x = (ys + 0.5) / height, (xs + 0.5) / width
     weight = np.where(y < 0.46, 0.35, 1.0)
@@ -95,7 +95,7 @@ def trained_on(data: Pictures) -> np.ndarray[Any, Any]:
 
 
 def run(n_steps: int, *, name: str = "vae", peak_rate: float = 2e-3) -> AutoencoderKL:
-    """Train, or go on; returns the trained network."""
+    """Train, or resume training; return the network."""
     data = pictures()
     vae = new_vae()
     avatar = np.flatnonzero(data.person < -1)
@@ -108,7 +108,7 @@ def run(n_steps: int, *, name: str = "vae", peak_rate: float = 2e-3) -> Autoenco
         random = random_of(SEED, step)
         n_avatar = round(BATCH * 0.7)
         chosen = np.concatenate([random.choice(avatar, n_avatar), random.choice(others, BATCH - n_avatar)])
-        # Patches, so that a step is cheap; most hold the mouth.
+        # Patches, so that a step is cheap; most contain the mouth.
         tops = random.integers(CROP_PX - PATCH_PX - 16, CROP_PX - PATCH_PX + 1, BATCH) // 8 * 8
         tops[random.random(BATCH) < 0.2] = 0
         lefts = random.integers(0, CROP_PX - PATCH_PX + 1, BATCH) // 8 * 8

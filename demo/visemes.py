@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 RATE = 50
 NAMES = ("open", "wide", "lip", "teeth", "tongue")
 SHUT = (0.0, 0.0, 0.0, 0.0, 0.0)
-# Width of the smoothing: how far a neighbour's shape reaches into a sound.
+# Width of the smoothing: reach of a neighbour's shape into a sound.
 SMOOTHING_S = 0.032
 
 FloatArray = NDArray[np.float32]
@@ -61,7 +61,7 @@ _PAUSES = {"", "pau", "_", "_:", "sil", "ssil", "brth"}
 
 
 def target_of(symbol: str) -> tuple[tuple[float, ...], float]:
-    """What the mouth wants to do in a sound, and how much against its neighbours; unknown sounds are a mild opening."""
+    """Target shape of the mouth in a sound and its weight against neighbours; unknown sounds are a mild opening."""
     plain = re.sub(r"[ˈˌːˑ̩̯̃ʰʲʷ̪̥ˠ\d.ˤ^]", "", symbol).lower()
     if plain in _PAUSES:
         return SHUT, 1.0
@@ -74,8 +74,8 @@ def target_of(symbol: str) -> tuple[tuple[float, ...], float]:
 def track(phones: Sequence[Phone], duration_s: float) -> FloatArray:
     """Phones of an utterance -> the mouth (n, 5) at 50 Hz, n = ceil(50 * duration).
 
-    Each millisecond holds the target of its sound with its weight; a Gaussian mixes neighbours, weights counting, and
-    what must shut the lips does so.
+    Each millisecond has the weighted target of its sound; a Gaussian mixes neighbours by weight, and sounds that need
+    closed lips close them.
     """
     fine = 1000
     n_fine = int(np.ceil(duration_s * fine)) + 1

@@ -6,9 +6,8 @@
       ALLOW_PRIVATE_NETWORKS=1 ./run_worker.sh                         # another
     python examples/orchestrator.py submit face.mp4 speech.wav         # a third: shows progress, prints the address
 
-It speaks the worker's protocol: heartbeats, claims, ends of jobs, progress. A job whose worker is silent for 30
-seconds, or that failed in a way worth retrying, is handed out again, four times at most. Everything is in one file of
-SQLite.
+It implements docs/protocol.md: heartbeats, claims, outcomes, progress. A job whose worker is silent for 30 seconds, or
+that failed as retryable, is handed out again, four times at most. Everything is in one SQLite file.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from werkzeug.exceptions import HTTPException
 
 PORT = 8500
-# A worker that is silent for longer is taken for dead.
+# A worker that is silent for longer counts as dead.
 SILENCE_S = 30.0
 MAX_ATTEMPTS = 4
 MAX_FILE_BYTES = 2**30
@@ -180,7 +179,7 @@ class Jobs:
             return [row["id"] for row in rows]
 
     def cancel(self, job_id: str) -> bool:
-        """A queued job is cancelled at once, a claimed one when its worker hears of it; whether there is such a job."""
+        """Cancel a queued job at once, a claimed one with its worker's next call; return whether the job exists."""
         with self._transaction() as database:
             database.execute("UPDATE jobs SET state = 'cancelled' WHERE id = ? AND state = 'queued'", (job_id,))
             found = database.execute(
@@ -197,7 +196,7 @@ def _shown(row: sqlite3.Row) -> dict[str, Any]:
 
 
 def create_app(folder: Path, key: str) -> Flask:
-    """The orchestrator over `folder`, which holds its database and the files it was given."""
+    """The orchestrator over `folder`, which contains its database and the submitted files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = (folder / "files").resolve()
     files.mkdir(exist_ok=True)
@@ -308,7 +307,7 @@ class Client:
         return decoded
 
     def address_of(self, given: str) -> str:
-        """An address as it is; a file is handed over first."""
+        """Return an address unchanged; submit a file first."""
         if re.match(r"https?://", given):
             return given
         path = Path(given)

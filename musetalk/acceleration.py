@@ -1,6 +1,6 @@
 """Faster forms of one step of the networks for one fixed shape: captured CUDA graphs, or torch's compiler.
 
-Both give what the plain step gives, but for rounding. Knows tensors, no networks.
+Both give the results of the plain step, except for rounding. Knows tensors, no networks.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _WARM_UP_ROUNDS = 3
 
 
 def accelerator(kind: Acceleration, latents: Tensor, windows: Tensor) -> Callable[[Step], Step] | None:
-    """What makes a step of these two shapes faster, on the device they lie on; None for the plain step.
+    """A faster step for these two shapes on their device; None for the plain step.
 
-    Always None on a CPU: chunks are of any size there, and a step for one shape would never be taken.
+    Always None on a CPU: chunks have any size there, so a step for one shape would never be used.
     """
     if kind == "none" or latents.device.type != "cuda":
         return None
@@ -49,7 +49,7 @@ def _captured(step: Step, latents: Tensor, windows: Tensor) -> Step:
             step(*inputs)
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # The thread that prepares a source may launch work of its own meanwhile.
+    # The thread that prepares a source may launch work of its own during the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         recorded = step(*inputs)
 
@@ -74,9 +74,9 @@ def _compiled(step: Step, latents: Tensor, windows: Tensor) -> Step:
 
 
 def frames_that_fit(free_bytes: int, one_bytes: int, two_bytes: int, wanted: int) -> int:
-    """How many frames of a batch fit `free_bytes`, 1 to `wanted`, from what one and two took at their peak.
+    """Number of frames that fit `free_bytes`, 1 to `wanted`, estimated from the peaks of one and of two.
 
-    A tenth of the free memory stays free: fragments, and other shapes later on.
+    A tenth of the free memory stays free, for fragments and for other shapes later.
     """
     each = max(1, two_bytes - one_bytes)
     fixed = max(0, one_bytes - each)

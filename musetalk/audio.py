@@ -41,7 +41,7 @@ def n_output_frames(n_samples: int, rate: Fraction) -> int:
     Raises MediaError when there is no sound.
     """
     if n_samples <= 0:
-        raise MediaError("the audio holds no sound")
+        raise MediaError("the audio contains no sound")
     return max(1, math.ceil(Fraction(n_samples, SAMPLE_RATE) * rate))
 
 
@@ -78,7 +78,7 @@ def audio_windows(features: Tensor, first: int, count: int, rate: Fraction) -> T
 
 
 def hushed(windows: Tensor, silent: Tensor, weights: NDArray[np.float64]) -> Tensor:
-    """Windows (n, tokens, d) turned into the silent one (1, tokens, d): `weights` (n,) is what is left, 1 all of it."""
+    """Blend windows (n, tokens, d) with the silent one (1, tokens, d); `weights` (n,) is their own share, 0..1."""
     left = torch.from_numpy(weights).to(windows.device, windows.dtype)[:, None, None]
     return windows * left + silent * (1 - left)
 
@@ -139,7 +139,7 @@ class AudioEncoder:
     def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype) -> AudioEncoder:
         """Read `config.json`, the weights and, where present, `preprocessor_config.json` from `folder`.
 
-        The file may hold the whole Whisper model (`model.encoder.*`) or the encoder alone. Raises WeightsError.
+        The file may contain the whole Whisper model (`model.encoder.*`) or only the encoder. Raises WeightsError.
         """
         raw = weights.read_config(folder / "config.json")
         with weights.loading("whisper/config.json"):
@@ -164,7 +164,7 @@ class AudioEncoder:
     def states(self, mels: Tensor) -> Tensor:
         """All states of the encoder: (n, bins, 2 * positions) -> (n, positions, layers + 1, d_model).
 
-        The last is taken after the final layer norm, the first is the convolutions' output plus positions.
+        The last state follows the final layer norm, the first is the convolutions' output plus positions.
         """
         output = self._encoder(mels.to(self._device, self._dtype), output_hidden_states=True)
         states = list(output.hidden_states)
@@ -183,9 +183,9 @@ class AudioEncoder:
         Raises MediaError when there is no sound, ProcessingError when the states are not finite.
         """
         if waveform.ndim != 1:
-            raise ValueError(f"one channel of sound is wanted, not an array of shape {waveform.shape}")
+            raise ValueError(f"the waveform must have one channel, not the shape {waveform.shape}")
         if len(waveform) == 0:
-            raise MediaError("the audio holds no sound")
+            raise MediaError("the audio contains no sound")
         n_rows = n_feature_rows(len(waveform))
         overlap = self._n_positions // OVERLAP_DIVISOR if overlap_s is None else round(overlap_s * FEATURE_RATE)
         starts = window_starts(n_rows, self._n_positions, overlap)
@@ -216,7 +216,7 @@ class AudioEncoder:
 def window_starts(n_rows: int, n_positions: int, overlap: int) -> list[int]:
     """First rows of the encoder's windows over `n_rows` rows; consecutive ones share at least `overlap` rows.
 
-    With overlap the last window is moved back to end with the sound, so that it never holds only a few rows.
+    With overlap the last window is moved back to end with the sound, so that it never has only a few rows.
     """
     if n_rows <= n_positions:
         return [0]
@@ -230,9 +230,9 @@ def window_starts(n_rows: int, n_positions: int, overlap: int) -> list[int]:
 
 
 def kept_bounds(starts: Sequence[int], n_rows: int, n_positions: int) -> list[int]:
-    """Where one window hands over to the next: window k gives rows bounds[k] .. bounds[k + 1] - 1.
+    """Bounds between windows: window k gives rows bounds[k] .. bounds[k + 1] - 1.
 
-    The middle of what two neighbours share; the first window keeps its start and the last its end.
+    Each bound is the middle of the overlap; the first window keeps its start and the last its end.
     """
     joints = [(before + n_positions + after) // 2 for before, after in pairwise(starts)]
     return [0, *joints, n_rows]
@@ -244,7 +244,7 @@ def _encoder_state(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
         found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if found:
             return found
-    raise WeightsError(f"{name} holds no Whisper encoder (no key starts with model.encoder. or encoder.)", file=name)
+    raise WeightsError(f"{name} contains no Whisper encoder (no key starts with model.encoder. or encoder.)", file=name)
 
 
 def _read_extractor(folder: Path, n_bins: int) -> WhisperFeatureExtractor:
@@ -255,7 +255,7 @@ def _read_extractor(folder: Path, n_bins: int) -> WhisperFeatureExtractor:
     rate, hop = raw.get("sampling_rate", SAMPLE_RATE), raw.get("hop_length", SAMPLES_PER_FEATURE // 2)
     if (rate, hop) != (SAMPLE_RATE, SAMPLES_PER_FEATURE // 2):
         raise WeightsError("whisper/preprocessor_config.json is not for 16 kHz and 100 frames a second")
-    # The stored file may carry the mel filters themselves; they follow from the sizes, so only those are taken.
+    # The file may contain the mel filters; they follow from the sizes, so only the sizes are read.
     names = ("feature_size", "chunk_length", "n_fft", "padding_value")
     sizes = {"feature_size": n_bins, **{name: raw[name] for name in names if name in raw}}
     with weights.loading("whisper/preprocessor_config.json"):

@@ -93,7 +93,7 @@ class PreparedFace:
 
     @staticmethod
     def from_arrays(named: Mapping[str, NDArray[Any]]) -> PreparedFace:
-        """What `arrays` described; KeyError when something is missing."""
+        """Rebuild the value that `arrays` describe; raises KeyError when something is missing."""
         plan = {name.removeprefix("plan_"): array for name, array in named.items() if name.startswith("plan_")}
         return PreparedFace(PastePlan.from_arrays(plan), named["latents"], named.get("band"))
 
@@ -109,10 +109,10 @@ class PreparedFace:
 
 @dataclass(frozen=True, eq=False)
 class Avatar:
-    """What is known of a source's first frames; nothing in it changes any more.
+    """The prepared beginning of a source; immutable.
 
-    `found` is what the detector said of each frame from the first on, before gaps are filled and boxes smoothed, as
-    both look at later frames; `is_whole` says that the source has no further frame. `prepared` is by frame index.
+    `found` are the detector's faces from the first frame on, before gaps are filled and boxes smoothed, because both
+    depend on later frames; `is_whole` says that the source has no further frame. `prepared` is by frame index.
     """
 
     found: tuple[Face | None, ...] = ()
@@ -125,14 +125,14 @@ class Avatar:
         return sum(face.n_bytes for face in self.prepared.values()) + 600 * len(self.found)
 
     def faces_of(self, n_frames: int) -> tuple[Face | None, ...] | None:
-        """What the detector said of the first `n_frames`, or of all there are; None when it has not seen them all."""
+        """Faces of the first `n_frames` (or all frames of the source); None when some of them were not searched."""
         if len(self.found) >= n_frames:
             return self.found[:n_frames]
         return self.found if self.is_whole else None
 
 
 def avatar_key(source_digest: str, networks: str, choices: Mapping[str, object]) -> str:
-    """64 hex digits; `choices` are the options that change a prepared pixel, of types JSON can hold."""
+    """64 hex digits; `choices` are the options that change a prepared pixel, of types that JSON has."""
     text = json.dumps([FORMAT, source_digest, networks, dict(choices)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -241,7 +241,7 @@ class AvatarCache:
 
     @property
     def largest_bytes(self) -> int:
-        """What one avatar may take; 0 when none are kept."""
+        """Largest size of one avatar in bytes; 0 when none are kept."""
         disk_bytes = self._disk_bytes if self._folder is not None else 0
         return min(LARGEST_BYTES, int(max(self._memory_bytes, disk_bytes) * LARGEST_SHARE))
 
@@ -312,7 +312,7 @@ class AvatarCache:
             logger.warning("an avatar could not be kept on disk", extra={"reason": str(error)[:200]})
 
     def _make_room(self, folder: Path) -> None:
-        """Remove what was not used for longest until the rest fits; other processes may do the same meanwhile."""
+        """Remove the least recently used files until the rest fits; other processes may do the same at that moment."""
         kept = sorted(_stats(folder.glob(f"*{SUFFIX}")), key=lambda item: item[1].st_mtime_ns)
         used = sum(stat.st_size for _, stat in kept)
         for path, stat in kept:
@@ -329,7 +329,7 @@ class AvatarCache:
 
 
 def _stats(paths: Iterable[Path]) -> list[tuple[Path, os.stat_result]]:
-    """Paths with their facts; those that vanish meanwhile are left out."""
+    """Paths with their stat results; files that vanish in the meantime are skipped."""
     found = []
     for path in paths:
         with contextlib.suppress(FileNotFoundError):

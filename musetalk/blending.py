@@ -1,6 +1,6 @@
-"""Where the new pixels go: the mask of a face, and pasting a patch under it, in BGR as upstream and in planes, fast.
+"""Mask of a face, and pasting a patch under it: in BGR as upstream, and in planes, which is faster.
 
-Masks depend on the source frame alone and are made once for it (docs/model.md#masks). Knows no networks.
+Masks depend only on the source frame and are made once for it (docs/model.md#masks). Knows no networks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def cheek_zone(left: int, right: int) -> NDArray[np.bool_]:
 
 
 def face_mask(labels: UInt8Array, mode: MaskMode, left_cheek: int = 90, right_cheek: int = 90) -> UInt8Array:
-    """Which pixels of the parsed square are redrawn: classes (512, 512) -> 0 or 255 (512, 512).
+    """Mask of the pixels that are redrawn: classes uint8 (512, 512) -> 0 or 255, uint8 (512, 512).
 
     `raw` is skin and mouth, `neck` adds the neck, `jaw` grows the skin downwards and upwards, then draws the cheeks
     back (docs/model.md#masks).
@@ -80,8 +80,8 @@ def _of_classes(labels: UInt8Array, *classes: int) -> UInt8Array:
 def blend_mask(mask: UInt8Array, box: Box, around: Box, *, blur: float = 0.05) -> UInt8Array:
     """Weight of the patch in the blend box: mask (512, 512) -> soft mask (side, side) uint8 (docs/model.md#soft-mask).
 
-    Only what lies inside the crop box `box` and in the lower half of the blend box `around` is kept, then blurred by a
-    Gaussian of `blur` times the side (upstream: 0.05, in real time 0.1). An empty blend box gives an empty mask.
+    The mask is cut to the crop box `box` and the lower half of the blend box `around`, then blurred by a Gaussian of
+    `blur` times the side (upstream: 0.05, in real time 0.1). An empty blend box gives an empty mask.
     """
     side_w, side_h = around.width, around.height
     if side_w <= 0 or side_h <= 0:
@@ -160,7 +160,7 @@ def mix(new: UInt8Array, old: UInt8Array, weight: UInt8Array) -> UInt8Array:
 
 
 def paste_reference(frame: UInt8Array, patch: UInt8Array, box: Box, mask: UInt8Array, around: Box) -> UInt8Array:
-    """A new BGR frame with `patch` pasted into `box` under `mask`, which lies on the blend box `around`.
+    """A new BGR frame with `patch` pasted into `box` under `mask`, which covers the blend box `around`.
 
     Specified in docs/model.md#pasting. Bit-equal to upstream, which blends the whole square; parts outside the frame
     are dropped. `frame` is not changed.
@@ -190,10 +190,10 @@ def paste_reference(frame: UInt8Array, patch: UInt8Array, box: Box, mask: UInt8A
 
 @dataclass(frozen=True)
 class PastePlan:
-    """What pasting into one source frame needs, made once for it.
+    """Everything that pasting into one source frame needs, made once for it.
 
-    `box` is the crop box (the patch's size); `region` the even box that holds every pixel with weight, inside the frame
-    and inside the box grown to even edges; `luma` and `chroma` the weights there, (h, w) and (h/2, w/2) uint8.
+    `box` is the crop box (the patch's size); `region` the even box of all pixels with weight, inside the frame and
+    inside the box grown to even edges; `luma` and `chroma` the weights there, (h, w) and (h/2, w/2) uint8.
     """
 
     box: Box
@@ -232,7 +232,7 @@ class PastePlan:
         return PastePlan(box, region, luma, np.asarray(chroma, np.uint8))
 
     def faded(self, weight: float) -> PastePlan:
-        """The plan with all its weights times `weight`, 0..1: the patch shows so far through the source."""
+        """The plan with all its weights times `weight`, 0..1: the share of the patch over the source."""
         luma, chroma = (np.rint(mask * np.float32(weight)).astype(np.uint8) for mask in (self.luma, self.chroma))
         return replace(self, luma=luma, chroma=chroma)
 
@@ -250,8 +250,8 @@ class PastePlan:
 def paste_planes(planes: Planes, plan: PastePlan, patch: UInt8Array, matrix: Matrix) -> None:
     """Paste a BGR patch (256, 256, 3) into the frame's planes, in place, under the plan's mask.
 
-    Samples whose weight is 0 keep their value exactly. The region's edge pixels outside the crop box are taken from the
-    frame itself, so that chroma there is mixed from what is really beside the patch.
+    Samples whose weight is 0 keep their value exactly. The region's edge pixels outside the crop box come from the
+    frame itself, so that chroma there is mixed with the real neighbours of the patch.
     """
     if plan.region.is_empty:
         return
@@ -272,7 +272,7 @@ def paste_planes(planes: Planes, plan: PastePlan, patch: UInt8Array, matrix: Mat
 
 
 def _mix_into(old: UInt8Array, new: UInt8Array, weight: UInt8Array) -> None:
-    """`mix` in place, in 16 bits: 255 * 255 + 128 is the largest sum, and adding its own 256th still fits."""
+    """Mix in place, in 16 bits: 255 * 255 + 128 is the largest sum, and adding its own 256th still fits."""
     weighted: NDArray[np.uint16] = new.astype(np.uint16)
     weighted *= weight
     kept = old.astype(np.uint16)

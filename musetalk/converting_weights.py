@@ -38,9 +38,9 @@ def convert(
 ) -> list[str]:
     """Write a `.safetensors` file for every checkpoint of `version` and return the names of those that are new.
 
-    UNet, VAE and Whisper's encoder are stored in float16, the face networks, which run in it, in float32. Sizes and
-    sums go to the folder's record. `remove_originals` deletes each checkpoint once its converted file is written and
-    read back. Raises WeightsError when a file is missing or cannot be read, and when the disk is full.
+    UNet, VAE and Whisper's encoder are stored in float16, the face networks, which run in float32, in that. Sizes and
+    checksums go into the folder's record. `remove_originals` deletes a checkpoint once its converted file has been
+    written and read back. Raises WeightsError when a file is missing or cannot be read, and when the disk is full.
     """
     weights.locate(models_dir, version)
     made: list[str] = []
@@ -49,7 +49,7 @@ def convert(
             continue
         sources = [path for path in places(models_dir, entry.name) if path.is_file() and path.suffix != ".safetensors"]
         if not sources:
-            say(f"{entry.name} is not there in its official form; what stands for it stays as it is")
+            say(f"{entry.name} does not exist in its official format; its replacement is left unchanged")
             continue
         if _convert_one(models_dir, entry, sources[0], say):
             made.append(entry.converted_name)
@@ -64,13 +64,13 @@ def _convert_one(models_dir: Path, entry: WeightFile, source: Path, say: Callabl
     target, record = models_dir / entry.converted_name, read_record(models_dir)
     made, known = record.get(entry.converted_name), record.get(entry.name)
     if target.is_file() and made is None:
-        say(f"{entry.converted_name} is there and was not made here; it stays as it is")
+        say(f"{entry.converted_name} exists and was not made here; it is left unchanged")
         return False
     is_known = known is not None and source == models_dir / entry.name and known.n_bytes == source.stat().st_size
     source_sum = known.sha256 if known is not None and is_known else sha256_of(source)
     is_whole = made is not None and target.is_file() and made.n_bytes == target.stat().st_size
     if made is not None and is_whole and made.made_from == source_sum:
-        say(f"{entry.converted_name} is there already")
+        say(f"{entry.converted_name} exists already")
         return False
     state = {
         key: _stored(value, entry)
@@ -90,7 +90,7 @@ def _stored(value: Tensor, entry: WeightFile) -> Tensor:
         return value.clone().contiguous()
     if entry.precision == "half":
         half = value.to(torch.float16, copy=True)
-        # A number too large for half precision would become infinite: such a tensor keeps what it has.
+        # A number too large for half precision would become infinite, so such a tensor keeps its precision.
         if not half.numel() or bool(torch.isfinite(half).all()):
             return half.contiguous()
     return value.to(torch.float32, copy=True).contiguous()

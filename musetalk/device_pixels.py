@@ -154,8 +154,8 @@ def crop_patches(
 ) -> Tensor:
     """The parts of frames inside their boxes as BGR uint8 (n, size_px, size_px, 3) on `device`.
 
-    What `crop_patch` of `planes_to_bgr` gives, but for the rounding of single samples. Each box must lie inside its
-    frame and hold a pixel (ValueError).
+    Equal to `crop_patch` of `planes_to_bgr` except for the rounding of single samples. Raises ValueError for a box that
+    leaves its frame or is empty.
     """
     parts, places = [], []
     for planes, box in zip(frames, boxes, strict=True):
@@ -190,7 +190,7 @@ def crop_patches(
 
 
 def can_paste(plan: PastePlan) -> bool:
-    """Whether `paste_regions` serves this plan: its region holds something and needs no pixel beside the patch."""
+    """Whether `paste_regions` can paste this plan: its region is not empty and needs no pixel beside the patch."""
     return not plan.region.is_empty and plan.region == plan.region.clipped_to(plan.box)
 
 

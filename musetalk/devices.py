@@ -35,7 +35,7 @@ _LOST_SIGNS = (
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device; raises WeightsError when CUDA is wanted and absent."""
+    """`auto`, `cpu` or `cuda` as a device; raises WeightsError when CUDA is requested and unavailable."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise WeightsError("a GPU was asked for, but torch sees no CUDA device", retryable=True)
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
@@ -65,10 +65,10 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, "the CPU has no instructions for less"
 
 
-def cpu_has_bfloat16(facts: Path = Path("/proc/cpuinfo")) -> bool:
+def cpu_has_bfloat16(gpu: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the CPU multiplies bfloat16 itself (AVX-512 BF16 or AMX); elsewhere torch imitates it, slowly."""
     try:
-        flags = facts.read_text(encoding="ascii", errors="replace").split()
+        flags = gpu.read_text(encoding="ascii", errors="replace").split()
     except OSError:
         return False
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
@@ -86,7 +86,7 @@ def configure_threads(wanted: int, device: torch.device) -> int:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether `error` says that this process can use the GPU no more."""
+    """Whether `error` says that this process cannot use the GPU any more."""
     if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
         return False
     text = str(error).lower()
@@ -95,9 +95,9 @@ def is_lost(error: BaseException) -> bool:
 
 @contextmanager
 def gpu_errors() -> Iterator[None]:
-    """Turns torch's GPU errors into ours: out of memory where no smaller batch is left to try, and a lost GPU.
+    """Turn torch's GPU errors into ours: out of memory where no smaller batch is left to try, and a lost GPU.
 
-    The traceback is dropped: it holds the tensors that did not fit.
+    The traceback is dropped because it keeps the tensors that did not fit.
     """
     try:
         yield
@@ -114,8 +114,8 @@ def _first_line(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
-class GpuFacts:
-    """What is known of a GPU before it is used; memory in MiB."""
+class GpuProperties:
+    """Properties of a GPU before it is used; memory in MiB."""
 
     name: str
     capability: tuple[int, int]
@@ -124,11 +124,11 @@ class GpuFacts:
     total_mib: int
 
 
-def gpu_facts(device: torch.device) -> GpuFacts:
-    """The facts of a CUDA device; raises GpuLostError when it cannot even be asked."""
+def gpu_properties(device: torch.device) -> GpuProperties:
+    """Read the properties of a CUDA device; raises GpuLostError when they cannot be read."""
     try:
         free, total = torch.cuda.mem_get_info(device)
-        return GpuFacts(
+        return GpuProperties(
             name=torch.cuda.get_device_name(device),
             capability=torch.cuda.get_device_capability(device),
             architectures=tuple(torch.cuda.get_arch_list()),
@@ -139,22 +139,19 @@ def gpu_facts(device: torch.device) -> GpuFacts:
         raise GpuLostError("the GPU cannot be asked", reason=_first_line(error)) from None
 
 
-def gpu_problem(facts: GpuFacts, min_free_mib: int) -> str | None:
-    """Why a GPU with these facts cannot be used, or None.
+def gpu_problem(gpu: GpuProperties, min_free_mib: int) -> str | None:
+    """Reason why a GPU with these properties cannot be used, or None.
 
     A binary for the same major capability runs on a later minor one; `compute_XY` is compiled for any later card when
     it is loaded (CUDA's compatibility rules).
     """
-    major, minor = facts.capability
-    fits = any(_runs_on(name, major, minor) for name in facts.architectures)
-    if facts.architectures and not fits:
-        known = " ".join(facts.architectures)
-        return f"{facts.name} has compute capability {major}.{minor}, this torch is compiled for {known}"
-    if facts.free_mib < min_free_mib:
-        return (
-            f"{facts.name} has {facts.free_mib} of {facts.total_mib} MiB free, "
-            f"MIN_GPU_MEMORY_MB asks for {min_free_mib}"
-        )
+    major, minor = gpu.capability
+    fits = any(_runs_on(name, major, minor) for name in gpu.architectures)
+    if gpu.architectures and not fits:
+        known = " ".join(gpu.architectures)
+        return f"{gpu.name} has compute capability {major}.{minor}, this torch is compiled for {known}"
+    if gpu.free_mib < min_free_mib:
+        return f"{gpu.name} has {gpu.free_mib} of {gpu.total_mib} MiB free, MIN_GPU_MEMORY_MB asks for {min_free_mib}"
     return None
 
 
@@ -185,7 +182,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Largest GPU memory held since `reset_peak_memory`, in MiB; None on a CPU."""
+    """Highest GPU memory in use since `reset_peak_memory`, in MiB; None on a CPU."""
     if device.type != "cuda":
         return None
     return torch.cuda.max_memory_allocated(device) / _MIB

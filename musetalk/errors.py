@@ -1,26 +1,26 @@
-"""Everything that can go wrong, and what it means to the caller.
+"""The tree of errors, and what each branch means to the caller.
 
     MuseTalkError
-    ├── MediaError            the input is at fault: 422, nobody retries
+    ├── MediaError            caused by the input: a retry fails again
     │   ├── DownloadError     an address could not be turned into a file
     │   ├── NoFaceError       no frame of the source shows a face
     │   └── RequestError      the request itself: missing or malformed field
-    ├── ProcessingError       the worker or what it leans on is at fault: 500
+    ├── ProcessingError       caused by the worker or something it depends on
     │   ├── WeightsError      a model file is missing, cut short or of another network
-    │   ├── EncodeError       the output could not be written or does not hold what it should
+    │   ├── EncodeError       the output could not be written or is not as intended
     │   ├── DiskFullError     no room left for this job
     │   ├── OutOfMemoryError  the GPU ran out of memory, also at the smallest batch
     │   ├── StorageError      the finished file could not be stored
     │   ├── DeadlineError     a time limit passed
     │   ├── CancelledError    the job was stopped
-    │   │   ├── JobCancelledError  by its caller: 409, nobody retries
-    │   │   └── ShutdownError      because the worker ends: 503
+    │   │   ├── JobCancelledError  by its caller: nobody retries
+    │   │   └── ShutdownError      because the worker ends
     │   ├── GpuLostError      the GPU needs a new process
-    │   └── UnavailableError  busy, starting or shutting down: 503
+    │   └── UnavailableError  busy, starting or shutting down
     └── SettingsError         the environment is wrong: the process does not start
 
-A branch is what the caller can do. `stage` and `stage_times` are written on the error by the core as it passes;
-`details` holds facts for a person or a program (never a secret, a signed address or a path of this machine).
+A branch is what the caller can do; the HTTP statuses are in `worker.jobs`. The core sets `stage` and `stage_times`.
+`details` are values for a person or a program, never a secret, a signed address or a path of this machine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class MuseTalkError(Exception):
     default_retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, retryable: bool | None = None, **details: object) -> None:
-        """`message` names the field or file at fault; `details` go to the error body as they are (JSON values)."""
+        """`message` names the wrong field or file; `details` (JSON values) go into the error body unchanged."""
         super().__init__(message)
         self.message = message
         self.retryable = self.default_retryable if retryable is None else retryable
@@ -46,7 +46,7 @@ class MuseTalkError(Exception):
 
 
 class MediaError(MuseTalkError):
-    """The input is at fault; the worker is healthy and a retry would end the same way."""
+    """The input caused the error; the worker is healthy and a retry would fail again."""
 
     error_type = "media_error"
 
@@ -64,7 +64,7 @@ class RequestError(MediaError):
 
 
 class ProcessingError(MuseTalkError):
-    """The worker, or something it depends on, is at fault."""
+    """The worker, or something it depends on, caused the error."""
 
     error_type = "processing_error"
     default_retryable = True
@@ -77,7 +77,7 @@ class WeightsError(ProcessingError):
 
 
 class EncodeError(ProcessingError):
-    """The output could not be written, or does not hold what it should."""
+    """The output could not be written, or is not as intended."""
 
     default_retryable = False
 
@@ -103,7 +103,7 @@ class CancelledError(ProcessingError):
 
 
 class JobCancelledError(CancelledError):
-    """The job's caller wants it no more; an answer that Salad counts as an end, so that it is not run again."""
+    """The caller cancelled the job; Salad counts the answer as final, so that the job is not run again."""
 
     default_retryable = False
 

@@ -1,4 +1,4 @@
-"""Faces in frames: is there one, where are its landmarks, which box is regenerated, what is each pixel of it.
+"""Faces in frames: detection, landmarks, the box that is regenerated, and the class of each pixel.
 
 The arithmetic is upstream's (docs/model.md#landmarks-rtmpose to docs/model.md#face-parsing-bisenet), batched. Of
 several faces in a frame the detector's highest score counts, and of equal scores the first in the detector's order
@@ -33,12 +33,12 @@ NOSE_MIDDLE = 29
 _POSE_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 _POSE_STD = np.array([58.395, 57.12, 57.375], np.float32)
 _POSE_PADDING = 1.25
-# Means in B, G, R order taken from R, G, B pixels: the published detector was used this way and is kept so.
+# Means in B, G, R order, subtracted from R, G, B pixels: the published detector was used this way, so we do the same.
 _DETECTOR_MEAN = (104.0, 117.0, 123.0)
 _CANDIDATE_SCORE, _FACE_SCORE, _NMS_OVERLAP = 0.05, 0.5, 0.3
 # Largest exponent of a box's side: beyond it the side leaves float32, far beyond any picture.
 _MAX_SIDE_EXPONENT = 80.0
-# Pixels the detector takes in one pass: its first layers hold 64 channels of the full size (256 bytes a pixel).
+# Pixels in one pass of the detector: its first layers have 64 channels of the full size (256 bytes a pixel).
 _DETECTOR_BATCH_PX = 4_000_000
 
 PARSE_PX = 512
@@ -65,7 +65,7 @@ class FaceFinder(Protocol):
 
 
 class FaceParserLike(Protocol):
-    """Says of each pixel of a face what it belongs to."""
+    """Classify each pixel of a face."""
 
     def labels(self, crops: Sequence[UInt8Array]) -> NDArray[np.uint8]:
         """Square BGR crops of any sizes -> classes uint8 (n, 512, 512)."""
@@ -336,7 +336,7 @@ def fixed_face(face_box: tuple[int, int, int, int], width: int, height: int) -> 
     box = Box(*face_box).clipped(width, height)
     if box.width < MIN_FACE_BOX_PX or box.height < MIN_FACE_BOX_PX:
         raise RequestError(
-            f"params.face_box must hold at least {MIN_FACE_BOX_PX} x {MIN_FACE_BOX_PX} px of the {width} x {height} "
+            f"params.face_box must contain at least {MIN_FACE_BOX_PX} x {MIN_FACE_BOX_PX} px of the {width} x {height} "
             "picture",
             field="params.face_box",
         )
@@ -427,7 +427,7 @@ def parse_input(crop: UInt8Array) -> NDArray[np.float32]:
 
 
 class FaceParser:
-    """Says of each pixel of a face what it belongs to."""
+    """Classify each pixel of a face."""
 
     def __init__(self, network: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
         self._network, self._device, self._dtype = network, device, dtype

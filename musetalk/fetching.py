@@ -1,10 +1,10 @@
-"""Weight files over the network: asked for, resumed where they were cut, checked, and only then given their name.
+"""Download of weight files: resumed where they were cut, verified, and only then renamed.
 
-The one module that reaches the network for the model. The requests are made through huggingface_hub, which brings the
-mirror (HF_ENDPOINT), the login (HF_TOKEN), HF_HUB_OFFLINE and an HTTP client; the one file that the hub does not hold
-goes through the same client, so there is one way that resumes and checks. The hub's own download function is not used:
-it starts each file again in every process, and an interrupted download of 3.4 GB should resume. No message contains a
-token, or an address, whose query may be a signature.
+The only module of the model that uses the network. Requests go through huggingface_hub, which handles the mirror
+(HF_ENDPOINT), the login (HF_TOKEN), HF_HUB_OFFLINE and the HTTP client. The one file that is not on the hub uses
+the same client, so one code path resumes and verifies. The hub's own download function is not used: it starts each file
+again in every process, and an interrupted download of 3.4 GB should resume. No message contains a token, or an address,
+whose query may be a signature.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from musetalk.manifest import (
     write_record,
 )
 
-# Tries in a row that bring nothing new before a file is given up.
+# Attempts in a row without a new byte before a file is given up.
 TRIES = 6
 # Longest silence of a connection.
 IDLE_S = 30.0
@@ -69,7 +69,7 @@ class _Remote:
     tag: str = "any"
 
     def part_path(self, models_dir: Path) -> Path:
-        """Where the unfinished file grows: beside its place, so that it only needs another name in the end."""
+        """Path of the unfinished file: in the final folder, so that a rename finishes it."""
         path = models_dir / self.entry.name
         return path.with_name(f".{path.name}.{self.tag}.part")
 
@@ -88,11 +88,11 @@ def fetch(
     room_for_conversion: bool = False,
     pause: Callable[[float], None] = time.sleep,
 ) -> list[str]:
-    """Bring the files of `version` that are not in `models_dir` and return their names; no request if none is missing.
+    """Fetch the files of `version` that are missing in `models_dir`; return their names. Makes no request if none is.
 
-    A file appears under its name only when its size and SHA-256 are right; an unfinished one stays beside it and is
+    A file gets its name only after its size and SHA-256 have been verified; an unfinished one stays beside it and is
     resumed by the next call. `endpoint` is another hub than HF_ENDPOINT's, `pause` waits so many seconds.
-    Raises WeightsError that names the file: not to be had, of a wrong size or sum, cut again and again, a full disk.
+    Raises WeightsError that names the file: unavailable, wrong size or checksum, cut repeatedly, or a full disk.
     """
     watcher = watcher or Watcher()
     if int(huggingface_hub.__version__.split(".")[0]) < 1:
@@ -127,19 +127,19 @@ def _fetch_all(
             watcher.on_progress(Progress(name, before + n, total + late * n))
 
         recorded = _Download(models_dir, remote, report, pause).run()
-        # After each file: what is there stays known if the next one fails.
+        # After each file, so that the record is right even if the next one fails.
         write_record(models_dir, {**read_record(models_dir), entry.name: recorded})
         n_done += recorded.n_bytes
         n_total += n_late * recorded.n_bytes
-        watcher.say(f"{entry.name} is there, SHA-256 {recorded.sha256[:16]}…")
+        watcher.say(f"{entry.name} is complete, SHA-256 {recorded.sha256[:16]}…")
     return [remote.entry.name for remote in remotes]
 
 
-# -- what is there already --------------------------------------------------------------------------------------------
+# -- existing files --------------------------------------------------------------------------------------------------
 
 
 def _is_there(models_dir: Path, entry: WeightFile, say: Callable[[str], None]) -> bool:
-    """Whether `entry` need not be fetched: its official file is right, or it lies there in another form."""
+    """Whether `entry` need not be fetched: its official file is right, or it exists in another format."""
     path = find(models_dir, entry.name)
     if path != models_dir / entry.name:
         return path is not None
@@ -185,7 +185,7 @@ def _alone(models_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
             say("another process fetches into this folder; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            # Some network disks know no locks; two fetches there cost time, and sums keep them from harm.
+            # Some network disks have no locks; two fetches there cost time, and checksums keep the files right.
             pass
         yield
 
@@ -221,7 +221,7 @@ def _check_room(models_dir: Path, remotes: Sequence[_Remote], room_for_conversio
 def _describe_all(
     entries: Sequence[WeightFile], endpoint: str | None, say: Callable[[str], None], pause: Callable[[float], None]
 ) -> list[_Remote]:
-    """Ask for all before anything large is fetched, so that a refusal is reported at once."""
+    """Ask about all files before a large one is fetched, so that a refusal is reported at once."""
     remotes: list[_Remote] = []
     for entry in entries:
         try:
@@ -262,7 +262,7 @@ def _describe_on_hub(entry: WeightFile, endpoint: str | None) -> _Remote:
     is_sha256, is_sha1 = (re.fullmatch(rf"[0-9a-f]{{{n}}}", etag) is not None for n in (64, 40))
     return _Remote(
         entry=entry,
-        # The commit that was described, should the branch move on meanwhile.
+        # The commit that was described, in case the branch moves in the meantime.
         url=address(facts.commit_hash or entry.revision),
         n_bytes=facts.size,
         headers=_hub_utils.build_hf_headers(),
@@ -276,7 +276,7 @@ def _describe_on_hub(entry: WeightFile, endpoint: str | None) -> _Remote:
 def _describe_elsewhere(entry: WeightFile) -> _Remote:
     answer = get_session().head(entry.url, headers=_PLAIN_HEADERS, timeout=IDLE_S, follow_redirects=True)
     if answer.status_code in {403, 405, 501}:
-        # A signed address may allow GET alone: the sum is all there is to check by then.
+        # A signed address may allow only GET; then the checksum is the only check.
         return _Remote(entry=entry, url=entry.url, n_bytes=entry.n_bytes, headers=_PLAIN_HEADERS)
     if answer.status_code != 200:
         raise _refusal(entry, answer.status_code)
@@ -304,23 +304,23 @@ def _refuse_another_file(remote: _Remote) -> None:
     entry = remote.entry
     if entry.n_bytes is not None and remote.n_bytes is not None and remote.n_bytes != entry.n_bytes:
         raise WeightsError(
-            f"{entry.name}: {entry.source} holds another file of {remote.n_bytes:,} bytes, expected {entry.n_bytes:,}",
+            f"{entry.name}: {entry.source} has another file of {remote.n_bytes:,} bytes, expected {entry.n_bytes:,}",
             file=entry.name,
         )
     if entry.sha256 is not None and remote.sha256 is not None and not remote.sha256.startswith(entry.sha256):
         raise WeightsError(
-            f"{entry.name}: {entry.source} holds another file, SHA-256 {remote.sha256}, expected {entry.sha256}",
+            f"{entry.name}: {entry.source} has another file, SHA-256 {remote.sha256}, expected {entry.sha256}",
             file=entry.name,
         )
 
 
 def _refusal(entry: WeightFile, status: int) -> Exception:
-    """What an answer other than the file means."""
+    """The error for an answer that is not the file."""
     if status in _TRANSIENT:
         return _FaultError(f"the host answered {status}")
     if status in {401, 403}:
         advice = (
-            "it is gated, private or gone; HF_TOKEN must hold a token that may read it" if entry.repo else "refused"
+            "it is gated, private or gone; HF_TOKEN must contain a token that may read it" if entry.repo else "refused"
         )
         return WeightsError(f"{entry.name}: {entry.source} answered {status}: {advice}", file=entry.name, status=status)
     what = "there is no such file" if status == 404 else "that is no answer to a download"
@@ -329,7 +329,7 @@ def _refusal(entry: WeightFile, status: int) -> Exception:
 
 @contextlib.contextmanager
 def _named_errors(entry: WeightFile) -> Iterator[None]:
-    """What the HTTP client raises becomes a fault or a WeightsError; its texts hold addresses and are not passed on."""
+    """Turn errors of the HTTP client into a fault or a WeightsError, without its texts, which contain addresses."""
     try:
         yield
     except OfflineModeIsEnabled:
@@ -391,7 +391,7 @@ class _WeightsPart(PartFile):
                 raise WeightsError(f"{self._name} cannot be written ({reason})", file=self._name) from None
             n_total = "an unknown size" if self._n_total is None else in_words(self._n_total)
             raise WeightsError(
-                f"the disk is full: {self._name} needs {n_total}, of which {in_words(self.n_bytes)} are there",
+                f"the disk is full: {self._name} needs {n_total}, of which {in_words(self.n_bytes)} have arrived",
                 file=self._name,
                 needed_bytes=None if self._n_total is None else self._n_total - self.n_bytes,
                 kind="disk",
@@ -428,18 +428,18 @@ class _Download:
             return Recorded(n_bytes=part.n_bytes, sha256=part.digest, commit=remote.commit)
 
     def _problem(self, part: _WeightsPart) -> str | None:
-        """What is wrong with the whole file, or None."""
+        """Return the problem of the whole file, or None."""
         remote, found = self._remote, part.digest
         for expected in (remote.entry.sha256, remote.sha256):
             if expected is not None and not found.startswith(expected):
                 begins = "" if len(expected) == len(found) else " at the beginning"
-                return f"came with the SHA-256 {found}, expected {expected}{begins}"
+                return f"has the SHA-256 {found}, expected {expected}{begins}"
         if remote.git_sha1 is not None and (sha1 := part.git_sha1()) != remote.git_sha1:
-            return f"came with the git sum {sha1}, expected {remote.git_sha1}"
+            return f"has the git checksum {sha1}, expected {remote.git_sha1}"
         return None
 
     def _receive_all(self, part: _WeightsPart) -> None:
-        """Try until all bytes are there; raises WeightsError when nothing new comes any more."""
+        """Retry until all bytes have arrived; raises WeightsError when no new byte arrives any more."""
         n_most, n_in_vain = part.n_bytes, 0
         while True:
             try:
@@ -473,8 +473,7 @@ class _Download:
                 if n_total is not None and part.n_bytes + len(block) > n_total:
                     part.remove()
                     raise WeightsError(
-                        f"{remote.entry.name} came with more than the {n_total:,} bytes that were announced; the file "
-                        "was removed",
+                        f"{remote.entry.name} has more than the {n_total:,} announced bytes; the file was removed",
                         file=remote.entry.name,
                     )
                 part.write(block)
@@ -483,15 +482,15 @@ class _Download:
             raise _FaultError(f"the connection ended after {part.n_bytes:,} of {n_total:,} bytes")
 
     def _begin(self, part: _WeightsPart, answer: Any) -> None:
-        """Judge status and headers; afterwards the part stands where the body goes on."""
+        """Check status and headers; afterwards the part is where the body continues."""
         status = answer.status_code
         if status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {part.n_bytes}-"):
             return
         if status in {200, 206, 416}:
-            # The host does not go on where we stopped: all of it once more.
+            # The host does not resume where we stopped, so the file starts again.
             part.restart()
         if status == 200:
             return
         if status in {206, 416}:
-            raise _FaultError("the host cannot go on where the part ends")
+            raise _FaultError("the host cannot resume where the part ends")
         raise _refusal(self._remote.entry, status)

@@ -1,8 +1,8 @@
-"""Tensors out of a checkpoint that is full of another library's objects, none of which is built or imported.
+"""Tensors of a checkpoint that is full of another library's objects, none of which is built or imported.
 
 Torch's own protected reader refuses such a file when it meets, say, a subclass of dict. Here every name the file asks
-for is answered by this module alone: tensors and their storages are real, everything else is an object that swallows
-what it is given. Knows the format of torch's zip files; nothing of networks.
+for is answered by this module alone: tensors and their storages are real, everything else is an inert object that
+ignores its arguments. Knows the format of torch's zip files; nothing of networks.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Swallower:
         return super().__new__(cls)
 
     def __init__(self, *_args: object, **_options: object) -> None:
-        """Takes everything, keeps nothing."""
+        """Inert stand-in: accepts every call and keeps nothing."""
 
     def __call__(self, *_args: object, **_options: object) -> Swallower:
-        """What a swallowed function gives."""
+        """Result of an ignored function."""
         return Swallower()
 
     def __setstate__(self, _state: object) -> None:
@@ -125,7 +125,7 @@ def _parameter(data: Tensor, *_rest: object) -> Tensor:
 
 
 def read_foreign(path: Path) -> object:
-    """What torch saved to the zip file `path`, with every object that is neither tensor nor plain value swallowed.
+    """Read the zip file `path` that torch saved; every object that is neither tensor nor plain value becomes inert.
 
     Raises zipfile.BadZipFile, KeyError or pickle.UnpicklingError (and what pickle raises for damaged files).
     """

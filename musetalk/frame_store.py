@@ -26,7 +26,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where one array lies in the scratch file."""
+    """Place of one array in the scratch file."""
 
     offset: int
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class FrameStore:
     """Records of named arrays by number; use in a `with` block."""
 
     def __init__(self, folder: Path, *, memory_bytes: int, disk_bytes: int) -> None:
-        """Up to `memory_bytes` are held in memory, up to `disk_bytes` in a file in `folder` that has no name."""
+        """Store of frames: up to `memory_bytes` in memory, up to `disk_bytes` in an unnamed file in `folder`."""
         self._folder, self._memory_bytes, self._disk_bytes = folder, memory_bytes, disk_bytes
         self._in_memory: dict[int, dict[str, NDArray[Any]]] = {}
         self._on_disk: dict[int, dict[str, _Place]] = {}
@@ -57,7 +57,7 @@ class FrameStore:
         return len(self._in_memory) + len(self._on_disk)
 
     def put(self, number: int, arrays: Arrays) -> None:
-        """Keep a record under `number`; a record that is there already stays (it is the same picture).
+        """Keep a record under `number`; an existing record stays, because it is the same picture.
 
         The arrays must not be written to afterwards. Raises DiskFullError when neither budget has room, or the disk.
         """
@@ -70,7 +70,7 @@ class FrameStore:
             return
         if self.disk_used + size > self._disk_bytes:
             raise DiskFullError(
-                "the source has more frames than the memory and scratch budgets hold",
+                "the source has more frames than the memory and scratch budgets allow",
                 retryable=False,
                 frames_kept=len(self),
                 scratch_bytes=self._disk_bytes,

@@ -25,7 +25,7 @@ _LUMA_WEIGHTS: dict[Matrix, tuple[float, float]] = {"bt601": (0.299, 0.114), "bt
 
 @dataclass(frozen=True, slots=True)
 class Colour:
-    """What the samples of a picture mean; the integers are the code points of ITU-T H.273 that files carry."""
+    """Meaning of a picture's samples; the integers are the code points of ITU-T H.273 that files contain."""
 
     matrix: Matrix
     primaries: int
@@ -42,7 +42,7 @@ BT601_PAL = Colour("bt601", primaries=5, transfer=6, matrix_code=5)
 class Planes:
     """A full picture: limited-range Y (H, W), U and V (H/2, W/2), uint8, C-contiguous, H and W even.
 
-    Whoever decodes hands out planes of their own (never the decoder's reference picture): a paste may write into them.
+    Decoding must return planes of its own, never the decoder's reference picture, because a paste may write into them.
     """
 
     y: UInt8Array
@@ -61,7 +61,7 @@ class Planes:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes held by the three planes."""
+        """Bytes of the three planes."""
         return self.y.nbytes + self.u.nbytes + self.v.nbytes
 
     def copy(self) -> Planes:
@@ -133,7 +133,7 @@ def bgr_to_planes(bgr: UInt8Array, matrix: Matrix) -> Planes:
     height, width = bgr.shape[:2]
     if height % 2 or width % 2 or not height or not width:
         raise ValueError(f"a 4:2:0 picture needs an even size, not {width}x{height}")
-    # The mean is taken before rounding: 8-bit chroma at full size would be rounded twice.
+    # The mean precedes the rounding: 8-bit chroma at full size would be rounded twice.
     yuv = cv2.transform(bgr.astype(np.float32), to_yuv(matrix))
     y, u, v = cv2.split(yuv)
     half = (width // 2, height // 2)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def crop_patch(frame: UInt8Array, box: Box, size_px: int) -> UInt8Array:
     """The part of a BGR picture inside `box`, stretched to (size_px, size_px, 3) with Lanczos; aspect is not kept.
 
-    `box` must lie inside the picture and hold at least one pixel (ValueError).
+    Raises ValueError for a box that leaves the picture or is empty.
     """
     if box.is_empty or box != box.clipped(frame.shape[1], frame.shape[0]):
         raise ValueError(f"crop box {tuple(box)} is empty or outside {frame.shape[1]}x{frame.shape[0]}")
@@ -91,7 +91,7 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """The device of the networks."""
         return self._device
 
     def _place(self, dtype: torch.dtype) -> None:
@@ -139,7 +139,7 @@ class Generator:
 
     @torch.inference_mode()
     def views(self, crops: UInt8Array | Tensor) -> Tensor:
-        """What the VAE sees of BGR crops (n, 256, 256, 3): RGB in -1..1, (2, n, 3, 256, 256).
+        """The VAE's input for BGR crops (n, 256, 256, 3): RGB in -1..1, float (2, n, 3, 256, 256).
 
         [0] with the lower half black (rows 128 and on at -1, blackened before normalising), [1] whole.
         """
@@ -197,7 +197,7 @@ class Generator:
         return self._constant((n_tokens, d_model), lambda: positional_encoding(n_tokens, d_model).to(self._dtype))
 
     def _constant(self, key: tuple[int, int], make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that lies on the device from its first use on: copying it there each time would wait for the GPU."""
+        """A tensor that stays on the device after its first use, because each copy would wait for the GPU."""
         if key not in self._tables:
             self._tables[key] = make().to(self._device)
         return self._tables[key]
@@ -244,8 +244,8 @@ class Generator:
     def generate(self, latents: Tensor, windows: Tensor) -> NDArray[np.uint8]:
         """Source latents (n, 8, 32, 32) and audio windows (n, 50, 384) -> patches uint8 (n, 256, 256, 3), BGR.
 
-        A chunk that overflows in half precision is computed once more in float32; raises ProcessingError when the
-        result is not finite then either.
+        A chunk that overflows in half precision is computed again in float32; raises ProcessingError when that result
+        is not finite either.
         """
         return self.start(latents, windows).result()
 
@@ -253,9 +253,9 @@ class Generator:
     def start(
         self, latents: Tensor, windows: Tensor, finish: Callable[[Tensor], Tensor] | None = None
     ) -> PendingPatches:
-        """`generate` without waiting for the GPU; on a CPU all is done when this returns.
+        """Start `generate` without waiting for the GPU; on a CPU the result is ready when this returns.
 
-        `finish` makes of the patches, on the device, what is brought back instead of them (uint8).
+        `finish` converts the patches on the device; its result (uint8) is copied back instead of them.
         """
         finish = finish or (lambda levels: levels)
 
@@ -267,7 +267,7 @@ class Generator:
         return PendingPatches(*compute(), lambda: self._again_in_float32(compute))
 
     def _finite(self, compute: Callable[[], Tensor]) -> Tensor:
-        """`compute()`, once more in float32 if half precision makes NaN or infinity of it."""
+        """Return `compute()`, repeated in float32 if half precision gives NaN or infinity."""
         with self._lock:
             result = compute()
         if bool(torch.isfinite(result).all()):
@@ -313,12 +313,12 @@ class Generator:
 
 def _whole(size: object) -> int:
     if not isinstance(size, int):
-        raise WeightsError(f"the VAE's sample_size is {size}; one side of a square is wanted")
+        raise WeightsError(f"the VAE's sample_size is {size}; it must be the side of a square")
     return size
 
 
 def build_empty(build: Callable[[], nn.Module]) -> Any:
-    """A network on the CPU whose tensors hold nothing yet, for a strict load.
+    """A network on the CPU with uninitialised tensors, for a strict load.
 
     Drawing the real UNet's 850 million random numbers, which the file then replaces, takes 11 s.
     """
@@ -326,7 +326,7 @@ def build_empty(build: Callable[[], nn.Module]) -> Any:
         network = build()
     stored = network.state_dict().keys()
     if any(name not in stored for name, _ in network.named_buffers()):
-        # A buffer that no checkpoint holds is computed when the network is built.
+        # A buffer that no checkpoint contains is computed when the network is built.
         return build()
     return network.to_empty(device="cpu")
 

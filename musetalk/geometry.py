@@ -27,7 +27,7 @@ class Box(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the box holds no pixel."""
+        """Whether the box contains no pixel."""
         return self.width <= 0 or self.height <= 0
 
     def shifted(self, dx: int, dy: int) -> Box:
@@ -77,7 +77,7 @@ def ping_pong_index(index: int, length: int) -> int:
 def source_index(mode: LoopMode, index: int, length: int) -> int:
     """Source index of output frame `index` when the source has `length` frames.
 
-    `trim` has no frame behind the last; asked for one, it holds it. Raises ValueError as `ping_pong_index` does.
+    `trim` has no frame after the last, so a later index gives the last. Raises ValueError as `ping_pong_index` does.
     """
     if mode == "ping_pong":
         return ping_pong_index(index, length)

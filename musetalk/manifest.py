@@ -1,4 +1,4 @@
-"""Which weight files there are, where they come from, what is known of them, and a folder's record of what lies in it.
+"""Manifest of the weight files: source, size and checksum of each; and the record of a folder's files.
 
 Layout and figures: docs/model.md#weight-files. Knows no tensors, no network and no address but the one written here.
 """
@@ -47,12 +47,12 @@ class WeightFile:
 
     @property
     def source(self) -> str:
-        """Where the file comes from, for a person."""
+        """Source of the file, for a person."""
         return f"Hugging Face {self.repo}" if self.repo else self.site
 
     @property
     def converted_name(self) -> str:
-        """What the file is called after conversion; the loader takes it before the official one."""
+        """Name of the file after conversion; the loader prefers it to the official one."""
         return str(Path(self.name).with_suffix(".safetensors"))
 
 
@@ -61,7 +61,7 @@ _VAE = "stabilityai/sd-vae-ft-mse"
 _WHISPER = "openai/whisper-tiny"
 S3FD = "s3fd-619a316812.pth"
 
-# No commit of these repositories is known to this project, so `revision` stays None; sizes and sums pin the content.
+# No commit of these repositories is known, so `revision` stays None; sizes and checksums pin the content.
 MANIFEST: tuple[WeightFile, ...] = (
     WeightFile(
         name="musetalkV15/unet.pth",
@@ -119,7 +119,7 @@ MANIFEST: tuple[WeightFile, ...] = (
         keeps=("model.encoder.", "encoder."),
     ),
     WeightFile(
-        # Without it the sound is read with the values it is known to hold.
+        # Without it the sound is read with its published values.
         name="whisper/preprocessor_config.json",
         purpose="how Whisper wants its sound",
         repo=_WHISPER,
@@ -193,22 +193,22 @@ def wanted(manifest: Sequence[WeightFile], version: ModelVersion) -> list[Weight
 
 
 def with_s3fd_url(manifest: Sequence[WeightFile], url: str) -> tuple[WeightFile, ...]:
-    """The manifest with another address for the one file that the hub does not hold; as it is when `url` is empty."""
+    """The manifest with another address for the one file that is not on the hub; unchanged when `url` is empty."""
     if not url:
         return tuple(manifest)
     return tuple(replace(entry, url=url) if entry.name == S3FD else entry for entry in manifest)
 
 
-# -- what lies in a folder --------------------------------------------------------------------------------------------
+# -- the record of a folder ------------------------------------------------------------------------------------------
 
 RECORD_NAME = "weights.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """What was known of a file when this project wrote it: its size and sum, and where it came from.
+    """Entry of a file that this project wrote: size, checksum, and source.
 
-    `commit` is the hub's; `made_from` is the sum of the checkpoint that a converted file was made of.
+    `commit` is the hub's; `made_from` is the checksum of the checkpoint that a converted file was made from.
     """
 
     n_bytes: int

@@ -1,7 +1,7 @@
 """Faces without the official detector: BlazeFace and the face mesh of MediaPipe, run by OpenCV's own TFLite importer.
 
-Both files come in a package's wheel and are never part of this repository. The finder has the interface of the official
-one; the parser beside it knows no pixels, only where in its square a jaw lies. Knows no MuseTalk networks.
+Both files are in a package's wheel and never part of this repository. The finder has the interface of the official
+one; the parser beside it knows no pixels, only the position of the jaw in its square. Knows no MuseTalk networks.
 """
 
 from __future__ import annotations

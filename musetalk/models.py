@@ -29,7 +29,7 @@ VERSIONS: tuple[weights.ModelVersion, ...] = ("v15", "v1")
 
 @dataclass(frozen=True)
 class Models:
-    """Everything that holds weights, ready on `device`; shared by all jobs of the process."""
+    """All networks with their weights on `device`; shared by all jobs of the process."""
 
     version: weights.ModelVersion
     device: torch.device
@@ -73,7 +73,7 @@ def load_models(
 ) -> Models:
     """Load every network of `version` from `models_dir` onto `device`.
 
-    Raises WeightsError that names the file at fault.
+    Raises WeightsError that names the wrong file.
     """
     files = weights.locate(models_dir, version)
     unet_path, unet_config_path = unet_path or files.unet, unet_config_path or files.unet_config

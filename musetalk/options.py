@@ -1,4 +1,4 @@
-"""How one video is made. Plain values, so that whoever asks needs no network and no file."""
+"""Options of one video. Plain values, so that callers need no network and no file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DEMO_MARGIN_SHARE = 0.107
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """Choices for one video; the defaults are upstream's for v1.5 (docs/model.md#version-defaults).
+    """Options of one video; the defaults are upstream's for v1.5 (docs/model.md#version-defaults).
 
     `max_gap_frames` None means half a second; `box_smoothing` is the sigma of a Gaussian over time in frames, 0 = off;
     `aspect_ratio` and `resolution` None keep the source's. `margin_share` adds that share of the box's height to
     `extra_margin`; `match_colours` gives each patch the colours its source has beside the mouth.
-    `loop_mode` says what is shown when the sound is longer than the source: `ping_pong` the way back, `loop` the first
-    frame again, `hold` the last one; with `trim` the output ends there. `silence` says what a pause shows: what is
-    made of its sound, a mouth held shut, or the source.
+    `loop_mode` chooses the frames after the end of the source: `ping_pong` the way back, `loop` the first frame again,
+    `hold` the last one; with `trim` the output ends there. `silence` chooses the picture of a pause: generated from
+    its sound, a mouth kept shut, or the source.
     `device_pixels` cuts and pastes faces where the networks run; `overlap` prepares the source in a thread of its own.
     """
 

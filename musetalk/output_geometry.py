@@ -1,7 +1,7 @@
 """Size and crop of the output from a job's `aspect_ratio` and `resolution`, in whole numbers.
 
-Specified in docs/media.md#output-size. The crop is fixed for the clip and never cuts the face: where a picture of the
-wanted shape cannot hold it, black is added.
+Specified in docs/media.md#output-size. The crop is fixed for the clip and never cuts the face: if the
+requested shape is too small for it, black is added.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ MIN_SIDE, MAX_SIDE = 128, 3840
 MAX_UPSCALE = 2
 # Room kept on each side of the face, as a share of its width or height.
 FACE_MARGIN = Fraction(1, 4)
-# Two aspects that differ by less are taken for the same.
+# Two aspects that differ by less count as equal.
 _SAME_ASPECT = Fraction(1, 100)
 # Where less than this is left of a picture, or shown of it beside the black, no face can be seen (px).
 _MIN_SHOWN = 64
-# An even number is at most this far from the exact one (px).
+# Largest distance of an even number from the exact one (px).
 _ROUNDING = 1
 
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """Which part of the frame is shown (even edges; may leave the frame, black there) and at which size (even)."""
+    """Visible part of the frame (even edges; black outside the frame) and output size (even)."""
 
     crop: Box
     width: int
@@ -90,7 +90,7 @@ def parse_request(aspect_ratio: str | None, resolution: str | None) -> tuple[Fra
 def plan_output(
     width: int, height: int, face: Box | None, aspect_ratio: str | None, resolution: str | None
 ) -> OutputPlan:
-    """What to show of a `width` x `height` px frame (both even) around `face`, and how large.
+    """Choose crop and size for a `width` x `height` px frame (both even) around `face`.
 
     Raises RequestError that names the field for a malformed value, a shape that leaves too little of the picture, or
     more than double size; ValueError for a frame that is not even.
@@ -156,7 +156,7 @@ def _needed(width: int, height: int, face: Box | None) -> Box:
 
 
 def _placed(window: int, length: int, low: int, high: int) -> int:
-    """Even start of a window over 0..length that holds low..high: centred on it, inside the frame where it fits."""
+    """Even start of a window over 0..length that contains low..high: centred on it, inside the frame if it fits."""
     start = (low + high - window) // 4 * 2
     if window > length:
         # Black on both sides alike.

@@ -1,6 +1,6 @@
-"""A source made ready: faces found once, each picture's latents and mask computed once, frames in the order of output.
+"""Preparation of a source: faces are found once, latents and masks computed once, frames ordered for the output.
 
-Knows how one source frame is prepared and in which order output frames show it; nothing of sound or encoding.
+Knows the preparation of one source frame and the order of output frames; nothing of sound or encoding.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Batches:
                 fits = False
             else:
                 fits = True
-            # Outside the except block: the traceback held the tensors that did not fit.
+            # Outside the except block, because the traceback keeps the tensors that did not fit.
             if fits:
                 start = stop
                 continue
@@ -113,7 +113,7 @@ class SourcePreparer:
         batches: Batches,
         avatars: AvatarCache | None = None,
     ) -> None:
-        """What `avatars` has of this source is used. Raises RequestError when the face box does not fit the source."""
+        """Reuse what `avatars` has of this source. Raises RequestError when the face box does not fit the source."""
         self.models, self.info, self.options = models, info, options
         self._path, self._limits, self._batches = path, limits, batches
         self._avatars = avatars if models.fingerprint else None
@@ -186,7 +186,7 @@ class SourcePreparer:
         return smoothing_reach(self.options.box_smoothing) + self._max_gap + 1
 
     def _search(self, max_frames: int, should_stop: Callable[[], bool]) -> tuple[Face | None, ...]:
-        """What the detector says of the first `max_frames` frames; those it was asked about before it is not asked."""
+        """Faces of the first `max_frames` frames; frames that were searched before are not searched again."""
         faces = list(self._kept.found)
         n_known = len(faces)
         with self._open(max_frames) as frames:
@@ -213,9 +213,9 @@ class SourcePreparer:
         return self._avatars is None or self._kept.n_bytes + self._fresh_bytes > self._avatars.largest_bytes
 
     def count_frames(self, max_frames: int, should_stop: Callable[[], bool]) -> int:
-        """How many frames the source has, `max_frames` at most: headers estimate, so they are decoded and counted.
+        """Number of source frames, `max_frames` at most: headers only estimate it, so frames are decoded and counted.
 
-        After a search for faces it is known already. Raises MediaError for a broken source, CancelledError.
+        After a search for faces the number is known. Raises MediaError for a broken source, CancelledError.
         """
         if self._faces is not None:
             return len(self._faces)
@@ -230,8 +230,8 @@ class SourcePreparer:
     def in_output_order(self, n_output: int, store: FrameStore) -> Generator[Record, None, None]:
         """The prepared picture of each of `n_output` output frames: forwards, then as `loop_mode` says.
 
-        Pictures that will be shown again are kept in `store`; a source longer than the output streams through, and of
-        one that is held only the last picture is kept.
+        Pictures that are shown again are kept in `store`. A source longer than the output is streamed; with `hold` only
+        the last picture is kept.
         """
         comes_back = self.options.loop_mode in ("ping_pong", "loop")
         expected = len(self._faces) if self._faces is not None else self.info.n_frames
@@ -254,7 +254,7 @@ class SourcePreparer:
             yield from repeat(last, n_output - len(order))
             return
         if len(order) < n_output and not keep:
-            # The header promised more frames than there are: once more through the source, this time to keep them.
+            # The header promised more frames than exist: read the source again, this time keeping them.
             self._keep_all(n_output, store)
         for index in range(len(order), n_output):
             shown = source_index(self.options.loop_mode, index, len(order))
@@ -272,7 +272,7 @@ class SourcePreparer:
         return record
 
     def _picture_at(self, index: int) -> tuple[media.SourceFrame, int]:
-        """What the source shows at frame `index` (or last) as the frame where it appeared, and the frames decoded."""
+        """Return the distinct picture visible at frame `index` (or the last one) and the number of frames decoded."""
         shown: media.SourceFrame | None = None
         n_seen = 0
         with self._open(index + 1) as frames:
@@ -321,7 +321,7 @@ class SourcePreparer:
         records = []
         for frame, box, face in zip(frames, boxes, kept, strict=True):
             if box is not None and face is None:
-                face = next(fresh)  # noqa: PLW2901 - what was missing is there now
+                face = next(fresh)  # noqa: PLW2901 - the missing preparation was just added
                 self._remember(frame.index, face)
             records.append(Record(frame.planes, face))
         return records
@@ -335,7 +335,7 @@ class SourcePreparer:
         return face.box.with_bottom_margin(margin, frame.planes.height)
 
     def _kept_face(self, index: int, box: Box) -> PreparedFace | None:
-        """What is prepared of a frame already; its box depends on later frames, so another one may be wanted now."""
+        """The existing preparation of a frame, if its box is still the same; boxes depend on later frames."""
         if (face := self._fresh.get(index)) is not None and face.plan.box == box:
             return face
         if (face := self._kept.prepared.get(index)) is not None and face.plan.box == box:
@@ -394,7 +394,7 @@ class SourcePreparer:
 
     def _latents(self, crops: UInt8Array | torch.Tensor) -> Iterator[NDArray[Any]]:
         for part in self._batches.run(lambda part: self.models.generator.encode(crops[part]), len(crops)):
-            # numpy has no bfloat16; float32 holds it without loss.
+            # NumPy has no bfloat16; float32 represents it without loss.
             yield from (part.float() if part.dtype == torch.bfloat16 else part).cpu().numpy()
 
     def _labels(self, squares: Sequence[UInt8Array]) -> Iterator[UInt8Array]:

@@ -48,7 +48,7 @@ LARGE_FACE_FACTOR = 2
 
 @dataclass(frozen=True)
 class RenderSummary:
-    """What was made, for the result and the log."""
+    """Figures of a finished video, for the result and the log."""
 
     width: int
     height: int
@@ -103,7 +103,7 @@ class _Chunk:
     parts: list[_Part] = field(default_factory=list)
 
 
-class _Line:
+class _ChunkQueue:
     """Chunks between the networks and the encoder, in order: one may be computed while the next is launched."""
 
     def __init__(self, sink: BackgroundWriter[_Item], on_done: Callable[[int], None]) -> None:
@@ -113,22 +113,22 @@ class _Line:
         self.waited_s = 0.0
 
     def add(self, chunk: _Chunk) -> None:
-        """Take over a chunk that was launched; hands on those before it, and itself if it is there already."""
+        """Add a launched chunk; pass on those before it, and itself if it is finished."""
         self._under_way.append(chunk)
         self.n_launched += len(chunk.records)
-        while len(self._under_way) > 1 or (self._under_way and self._is_here(self._under_way[0])):
-            self._hand_on(self._under_way.popleft())
+        while len(self._under_way) > 1 or (self._under_way and self._is_finished(self._under_way[0])):
+            self._pass_on(self._under_way.popleft())
 
     def finish(self) -> None:
-        """Hand on what is left."""
+        """Pass on the remaining chunks."""
         while self._under_way:
-            self._hand_on(self._under_way.popleft())
+            self._pass_on(self._under_way.popleft())
 
     @staticmethod
-    def _is_here(chunk: _Chunk) -> bool:
+    def _is_finished(chunk: _Chunk) -> bool:
         return all(part.pending.is_here for part in chunk.parts)
 
-    def _hand_on(self, chunk: _Chunk) -> None:
+    def _pass_on(self, chunk: _Chunk) -> None:
         started = time.monotonic()
         results = [(part.pending.result(), part.is_pasted) for part in chunk.parts]
         self.waited_s += time.monotonic() - started
@@ -157,7 +157,7 @@ class RenderSession:
         encoder: media.EncoderSettings | None = None,
         avatars: AvatarCache | None = None,
     ) -> None:
-        """`output` may be None where nothing but a preview is wanted."""
+        """`output` may be None if only a preview is needed."""
         self.models, self.options = models, options
         self._source_path, self._audio_path, self._output_path = source, audio, output
         self._limits = limits or media.MediaLimits()
@@ -313,18 +313,18 @@ class RenderSession:
             # Closed here and not by the garbage collector: an error's traceback would keep the decoder open.
             closing(self._records(store)) as records,
         ):
-            line = _Line(sink, lambda done: on_progress(done, self.n_frames))
+            chunks = _ChunkQueue(sink, lambda done: on_progress(done, self.n_frames))
             for index, record in enumerate(records):
                 pending.append(self._in_speech(record, index))
                 n_faces = sum(waiting.face is not None for waiting in pending)
                 if n_faces >= options.batch_size or len(pending) >= MAX_PENDING_BATCHES * options.batch_size:
                     _check(should_stop)
-                    line.add(self._launch(pending, line.n_launched))
+                    chunks.add(self._launch(pending, chunks.n_launched))
                     pending.clear()
             _check(should_stop)
-            line.add(self._launch(pending, line.n_launched))
-            line.finish()
-            self.generator_s += line.waited_s
+            chunks.add(self._launch(pending, chunks.n_launched))
+            chunks.finish()
+            self.generator_s += chunks.waited_s
         self._preparer.keep()
 
     def preview(self, time_s: float) -> Preview:
@@ -356,13 +356,13 @@ class RenderSession:
         return BackgroundReader(records, depth=2 * self.options.batch_size, name="preparer")
 
     def _in_speech(self, record: Record, index: int) -> Record:
-        """The record as output frame `index` shows it: in a pause the source, where that is wanted."""
+        """The record for output frame `index`: in a pause the source, if the options say so."""
         if self.options.silence != "source" or self._speech is None:
             return record
         return record.faded(float(self._speech[index]))
 
     def _windows(self, first: int, count: int) -> torch.Tensor:
-        """What the mouths of output frames `first` .. `first + count - 1` follow; silence where they are held shut."""
+        """Audio windows (count, tokens, d) of output frames `first` ..; silence where the mouth stays shut."""
         windows = audio_windows(self._features, first, count, self._source.rate)
         if self.options.silence != "closed" or self._speech is None:
             return windows

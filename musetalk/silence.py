@@ -1,6 +1,6 @@
-"""Where nobody speaks: pauses by the waveform's level, and how much of the generated mouth each output frame shows.
+"""Pauses in speech by the waveform's level, and the share of the generated mouth that each output frame shows.
 
-Knows arrays alone; what a pause looks like is for others to say.
+Knows only arrays; other modules decide how a pause looks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _RATE = 16_000
 # Levels are those of 30 ms around each 10 ms: more than a period of mains hum and two of the deepest voice.
 BLOCK = _RATE // 100
 _BLOCKS_IN_WINDOW = 3
-# Below this there is a pause; speech as it is recorded lies at -30 to -15 dBFS, a quiet room below -50.
+# Below this there is a pause; recorded speech is at -30 to -15 dBFS, a quiet room below -50.
 FLOOR_DBFS = -45.0
 # A quiet recording has a lower floor: weak consonants lie some 20 dB below its loud vowels.
 BELOW_SPEECH_DB = 25.0
@@ -26,11 +26,11 @@ BELOW_SPEECH_DB = 25.0
 _LOUD_BLOCKS = 30
 # Noise may rise above the floor by so much without ending a pause.
 HYSTERESIS_DB = 6.0
-# Shorter stops are part of speech: a long plosive holds for 0.15 s. It also leaves room for both hand-overs.
+# Shorter stops are part of speech: a long plosive lasts 0.15 s. The length also leaves room for both transitions.
 SHORTEST = 30 * BLOCK  # samples
 # Shorter bursts between two pauses are clicks: the shortest word takes twice as long.
 CLICK_BLOCKS = 8
-# The mouth is handed over in so long, inside the pause: four frames at 25 a second, about as fast as lips close.
+# Length of the transition inside the pause: four frames at 25 a second, about as fast as lips close.
 HAND_OVER = 4 * _RATE // 25  # samples
 _QUIETEST_DBFS = -120.0
 
@@ -78,7 +78,7 @@ def quiet_spans(waveform: NDArray[np.float32]) -> list[Span]:
 
 
 def _runs(flags: NDArray[np.bool_]) -> list[Span]:
-    """Where `flags` are true without a break: [first, end)."""
+    """Runs of true `flags`, as [first, end)."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
     return [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
 
@@ -100,10 +100,10 @@ def _without_clicks(pauses: list[Span], n_blocks: int) -> list[Span]:
 
 
 def speech_weights(spans: list[Span], n_samples: int, n_frames: int, rate: Fraction) -> NDArray[np.float64]:
-    """How much of the mouth that speaks each output frame shows, (n_frames,) in 0..1: 1 in speech, 0 in a pause.
+    """Weight of the generated mouth in each output frame, float (n_frames,) in 0..1: 1 in speech, 0 in a pause.
 
-    Taken in the middle of each frame, by whole numbers at any rate. It falls and rises inside a pause, never in speech;
-    where a pause begins or ends with the sound there is nothing to hand over.
+    Sampled in the middle of each frame, in whole numbers at any rate. It falls and rises inside a pause, never in
+    speech; a pause at the start or end of the sound has no transition there.
     """
     weights = np.ones(n_frames)
     # Times in units of 1 / (2 * rate's numerator * 16,000) s, in which all of them are whole.

@@ -1,6 +1,6 @@
 """A thread before and a thread behind the model, joined by bounded queues: memory does not grow with the clip's length.
 
-An exception in either thread comes out where its results are awaited, and closing always joins the thread.
+An exception in either thread is raised where its results are awaited, and closing always joins the thread.
 Knows nothing of pictures.
 """
 
@@ -29,7 +29,7 @@ class BackgroundReader(Generic[T]):
     """Iterates `source` in a thread of its own, at most `depth` items ahead of the consumer."""
 
     def __init__(self, source: Generator[T, None, None], *, depth: int, name: str) -> None:
-        """`source` is closed in its own thread, so that what it holds is released where it was opened."""
+        """Start reading `source`; it is closed in its own thread, where its resources were opened."""
         self._source = source
         self._queue: queue.Queue[T | _End] = queue.Queue(depth)
         self._stop = threading.Event()

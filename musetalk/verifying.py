@@ -1,4 +1,4 @@
-"""What is right and wrong with the weight files of a folder, file by file. Reads, never writes, asks nobody."""
+"""Verification of the weight files in a folder, file by file. Reads only; makes no request."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Finding:
 
 
 def verify(models_dir: Path, version: ModelVersion, *, manifest: Sequence[WeightFile] = MANIFEST) -> list[Finding]:
-    """Look at every file of `version` in every form it lies there; one finding each, in the order of the manifest.
+    """Check each file of `version` in every format that exists; one finding each, in the order of the manifest.
 
-    Sizes and sums are compared with what was published and with what this project recorded when it wrote the file;
+    Sizes and checksums are compared with what was published and with what this project recorded when it wrote the file;
     where neither says anything the file is opened.
     """
     record = read_record(models_dir)

@@ -72,7 +72,7 @@ def _accelerate(models: Models, batch_size: int, acceleration: Acceleration, win
 
 
 def _decode_batch(models: Models, batch_size: int) -> int:
-    """How many frames the decoder takes at once, by what one and two of them were seen to take."""
+    """Frames that the decoder can compute at once, estimated from the memory of one and of two."""
     generator, device = models.generator, models.device
 
     def peak(n_frames: int) -> int:

@@ -50,7 +50,7 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the files of one version lie; the demo has no face networks of its own."""
+    """Paths of the files of one version; the demo has no face networks of its own."""
 
     unet: Path
     unet_config: Path
@@ -96,7 +96,7 @@ def locate(models_dir: Path, version: ModelVersion) -> ModelFiles:
 
 
 def has_any(models_dir: Path) -> bool:
-    """Whether any file of the official layout is there: then one that is missing is a mistake and no choice."""
+    """Whether any file of the official layout exists: then a missing one is a mistake and not a choice."""
     return any(find(models_dir, entry.name) is not None for entry in MANIFEST)
 
 
@@ -105,7 +105,7 @@ def find_weights(folder: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise WeightsError(f"{folder.name} holds none of {', '.join(names)}", file=folder.name)
+    raise WeightsError(f"{folder.name} contains none of {', '.join(names)}", file=folder.name)
 
 
 def expected(entry: WeightFile) -> str:
@@ -115,7 +115,7 @@ def expected(entry: WeightFile) -> str:
 
 
 def _advice(path: Path) -> str:
-    """What the manifest knows of a file, for messages about it."""
+    """The manifest's description of a file, for messages."""
     namesakes: list[WeightFile] = []
     for entry in MANIFEST:
         places = [Path(place) for place in (entry.name, *ALSO.get(entry.name, ()))]
@@ -123,7 +123,7 @@ def _advice(path: Path) -> str:
             return f"; expected {expected(entry)}"
         if any(place.stem == path.stem for place in places):
             namesakes.append(entry)
-    # Several folders hold a `pytorch_model.bin`: outside of them its name alone says nothing.
+    # Several folders have a `pytorch_model.bin`: without its folder the name says nothing.
     return f"; expected {expected(namesakes[0])}" if len(namesakes) == 1 else ""
 
 
@@ -143,14 +143,14 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise broken(path, f"is not a readable JSON file ({type(error).__name__})") from None
     if not isinstance(raw, dict):
-        raise broken(path, "does not hold a JSON object")
+        raise broken(path, "is not a JSON object")
     return {key: value for key, value in raw.items() if not key.startswith("_")}
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by key, on the CPU; `.safetensors`, or torch's own format in any extension.
 
-    One level of wrapping (`state_dict`, `model`, `unet`) is taken off and a common prefix `module.` or `unet.` removed.
+    One level of wrapping (`state_dict`, `model`, `unet`) is removed, and so is a common prefix `module.` or `unet.`.
     Nothing stored in the file is executed: tensors are read, every other object becomes an inert stub.
     Raises WeightsError for a missing, cut or foreign file, and for tensors that are not plain finite numbers.
     """
@@ -160,13 +160,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     state = _unwrapped(raw)
     if not state:
-        raise broken(path, "holds no tensors")
+        raise broken(path, "contains no tensors")
     _refuse_unusable(path, state)
     return state
 
 
 def refuse_what_is_no_checkpoint(path: Path) -> None:
-    """Says in words what a file is that downloads leave behind instead of weights."""
+    """Describe a file that a failed download left instead of weights."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -221,7 +221,7 @@ def _read_legacy(path: Path) -> object:
 
 
 def _cause(error: BaseException) -> str:
-    """What torch's reader met; the advice it wraps this in, to load without protection, is left out."""
+    """The cause of an error of torch's reader, without its advice to load without protection."""
     if isinstance(error, pickle.UnpicklingError) and error.__context__ is not None:
         error = error.__context__
     return type(error).__name__ if isinstance(error, LookupError) else _first_line(error).partition(". ")[0]
@@ -252,16 +252,16 @@ def _refuse_unusable(path: Path, state: Mapping[str, Tensor]) -> None:
     for key, value in state.items():
         plain = value.layout == torch.strided and value.device.type == "cpu"
         if not plain or value.is_quantized or value.is_nested or value.is_complex():
-            raise broken(path, f"holds something other than plain numbers (in {key})")
+            raise broken(path, f"contains something other than plain numbers (in {key})")
         if value.numel() * value.element_size() > n_bytes:
             # One stored number may be declared to fill any shape; copying that would fill the memory.
             raise broken(path, f"declares a tensor that is larger than the file (in {key})")
         if value.is_floating_point() and value.numel() and not _is_finite(value):
-            raise broken(path, f"holds values that are not finite (in {key})")
+            raise broken(path, f"contains values that are not finite (in {key})")
 
 
 def _is_finite(values: Tensor) -> bool:
-    """Whether all values are finite as float32: one pass without a copy, NaN comes out as both extremes."""
+    """Whether all values are finite as float32: one pass without a copy; NaN becomes both extremes."""
     least, greatest = torch.aminmax(values if values.element_size() > 1 else values.float())
     return math.isfinite(least.float().item()) and math.isfinite(greatest.float().item())
 
@@ -290,7 +290,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> 
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """What a library raises while it reads `name` becomes a WeightsError that names the file."""
+    """Turn errors of libraries while they read `name` into WeightsError that names the file."""
     try:
         yield
     except WeightsError:

@@ -1,9 +1,9 @@
 """A bucket of Backblaze B2 as a store, through b2sdk. Knows no downloads, no jobs.
 
 b2sdk renews authorizations, splits large files into parts and resumes them, but gives up on a burst of 503 within
-milliseconds and has no limit on the whole. Around it stand: a back-off of ours with a new upload URL for each try, and
-a deadline. The upload runs in a thread of its own; when the deadline passes or the job is to stop, its sockets
-are shut and its next call of any kind is refused, so it ends by itself within a moment, while the caller goes on at
+milliseconds and has no limit on the whole. This module adds back-off with a new
+upload URL for each attempt, and a deadline. The upload runs in a thread of its own. When the deadline passes or the job
+is to stop, its sockets are shut and its next call is refused, so it ends within a moment and the caller continues at
 once.
 """
 
@@ -64,10 +64,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class B2Settings:
-    """What reaches one bucket; key and key id are kept out of `repr`. Times in seconds.
+    """Credentials and limits for one bucket; `repr` leaves out key and key id. Times in seconds.
 
-    `realm` is `production` or the address of another B2. `is_private` says how links are made when B2 cannot be asked
-    (None: ask); a private bucket's links carry a token that ends after `link_lifetime_s`.
+    `realm` is `production` or the address of another B2. `is_private` decides about links when B2 cannot be asked
+    (None: ask); links to a private bucket contain a token that expires after `link_lifetime_s`.
     """
 
     key_id: str = field(repr=False)
@@ -93,8 +93,8 @@ class _StoppedError(B2Error):  # type: ignore[misc]  # b2sdk carries no types
     """Raised inside b2sdk's threads once the upload was given up; as a B2Error it passes through unchanged."""
 
 
-class _Line:
-    """One B2Api and its connections, all of which can be ended from outside; used by one upload at a time."""
+class _Connection:
+    """One B2Api and its sockets, all of which can be closed from another thread; used by one upload at a time."""
 
     def __init__(self, settings: B2Settings, account: Any) -> None:
         self.switch = CutSwitch()
@@ -105,12 +105,12 @@ class _Line:
         self.api = b2.B2Api(account_info=account, api_config=config, max_upload_workers=4)
 
     def check(self) -> None:
-        """Raise when this line was given up."""
+        """Raise when this connection was given up."""
         if self.switch.is_cut:
             raise _StoppedError("the upload was given up")
 
     def give_up(self) -> None:
-        """End every call on this line; none can be made on it again."""
+        """End every call on this connection; none can be made on it again."""
         self.switch.cut()
         self.session.close()
 
@@ -118,18 +118,18 @@ class _Line:
 class _Session(requests.Session):
     """The session b2sdk works on: time-outs within the deadline, no call after the end, bounded `Retry-After`."""
 
-    def __init__(self, line: _Line, settings: B2Settings) -> None:
+    def __init__(self, connection: _Connection, settings: B2Settings) -> None:
         super().__init__()
-        self._line = line
+        self._connection = connection
         self._settings = settings
-        adapter = SwitchedAdapter(line.switch)
+        adapter = SwitchedAdapter(connection.switch)
         self.mount("http://", adapter)
         self.mount("https://", adapter)
 
     def request(self, *args: Any, **kwargs: Any) -> requests.Response:
         """As requests does it; b2sdk's own time-outs reach from two to twenty minutes."""
-        self._line.check()
-        left = self._line.limit.left() if self._line.limit else self._settings.idle_timeout_s
+        self._connection.check()
+        left = self._connection.limit.left() if self._connection.limit else self._settings.idle_timeout_s
         # urllib3 applies the first one to each block it sends, too, so a bucket that stops reading is noticed.
         kwargs["timeout"] = tuple(
             max(min(own, left), 0.05) for own in (self._settings.connect_timeout_s, self._settings.idle_timeout_s)
@@ -137,7 +137,7 @@ class _Session(requests.Session):
         try:
             response = super().request(*args, **kwargs)
         except Exception:
-            self._line.check()  # a cut of ours must not look like a fault that b2sdk sleeps on and tries again
+            self._connection.check()  # a cut of ours must not look like a fault that b2sdk sleeps on and tries again
             raise
         asked = response.headers.pop("Retry-After", "")
         if asked.isdecimal():
@@ -150,25 +150,25 @@ class _Session(requests.Session):
 class _Progress(b2.AbstractProgressListener):  # type: ignore[misc]  # b2sdk carries no types
     """Stops the reading of a body that nobody waits for any more."""
 
-    def __init__(self, line: _Line) -> None:
+    def __init__(self, connection: _Connection) -> None:
         super().__init__()
-        self._line = line
+        self._connection = connection
 
     def set_total_bytes(self, total_byte_count: int) -> None:
         """Not needed."""
 
     def bytes_completed(self, byte_count: int) -> None:  # noqa: ARG002 - b2sdk's signature
         """Called for each block that is read for sending."""
-        self._line.check()
+        self._connection.check()
 
 
 class B2Store:
-    """A bucket of Backblaze B2. One instance serves the process: it authorizes once and again when B2 wants it."""
+    """A bucket of Backblaze B2. One instance serves the process: it authorizes once, and again when B2 asks for it."""
 
     def __init__(self, settings: B2Settings) -> None:
         self.settings = settings
         self._account = b2.InMemoryAccountInfo()
-        self._lines: list[_Line] = []
+        self._connections: list[_Connection] = []
         self._lock = threading.Lock()
         self._is_private = settings.is_private
 
@@ -183,8 +183,8 @@ class B2Store:
                 raise SettingsError(f"B2 would take no file: {reason}") from None
             logger.warning("B2 could not be asked whether it takes files: %s", reason)
 
-    def _look(self, line: _Line) -> None:
-        self._bucket(line)
+    def _look(self, connection: _Connection) -> None:
+        self._bucket(connection)
         allowed = self._account.get_allowed() or {}
         if "writeFiles" not in allowed.get("capabilities", ["writeFiles"]):
             raise SettingsError("the key may not write files")
@@ -205,16 +205,16 @@ class B2Store:
         name = object_name(self.settings.prefix, job_id)
         sha1, n_bytes = sha1_of(path, limit)
 
-        def send(line: _Line) -> None:
-            version = self._bucket(line).upload_local_file(
-                str(path), name, content_type=VIDEO_TYPE, sha1_sum=sha1, progress_listener=_Progress(line)
+        def send(connection: _Connection) -> None:
+            version = self._bucket(connection).upload_local_file(
+                str(path), name, content_type=VIDEO_TYPE, sha1_sum=sha1, progress_listener=_Progress(connection)
             )
             # b2sdk only asserts this, which `python -O` leaves out; a large file has no SHA-1 of its own.
             if version.content_sha1 not in {None, "none", sha1}:
                 raise AssertionError("SHA-1 differs")
 
         self._retried(send, limit)
-        url = self._retried(lambda line: self._link(line, name), limit)
+        url = self._retried(lambda connection: self._link(connection, name), limit)
         stored = StoredObject(name, url, n_bytes, sha1, self.settings.bucket)
         self._upload_sidecar(sidecar, stored, TimeLimit(min(limit.left(), _MAX_SIDECAR_S), should_stop))
         return stored
@@ -222,24 +222,24 @@ class B2Store:
     def close(self) -> None:
         """End all connections; the store can still be used afterwards."""
         with self._lock:
-            lines, self._lines = self._lines, []
-        for line in lines:
-            line.give_up()
+            connections, self._connections = self._connections, []
+        for connection in connections:
+            connection.give_up()
 
     def _upload_sidecar(self, sidecar: Mapping[str, object], stored: StoredObject, limit: TimeLimit) -> None:
         name = stored.name.removesuffix(".mp4") + ".json"
         try:
             body = sidecar_bytes(sidecar, stored)
             self._retried(
-                lambda line: self._bucket(line).upload_bytes(
-                    body, name, content_type=SIDECAR_TYPE, progress_listener=_Progress(line)
+                lambda connection: self._bucket(connection).upload_bytes(
+                    body, name, content_type=SIDECAR_TYPE, progress_listener=_Progress(connection)
                 ),
                 limit,
             )
         except (ProcessingError, TypeError, ValueError) as problem:
             logger.warning("the sidecar was not stored: %s", problem)
 
-    def _retried(self, work: Callable[[_Line], T], limit: TimeLimit) -> T:
+    def _retried(self, work: Callable[[_Connection], T], limit: TimeLimit) -> T:
         """`work` until it succeeds, with growing pauses; raises StorageError when B2 says no or tries run out."""
         n_try = 0
         while True:
@@ -259,17 +259,17 @@ class B2Store:
             backoff = self.settings.backoff_s * 2 ** (n_try - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
             limit.pause(min(max(backoff, asked_s), self.settings.max_backoff_s))
 
-    def _once(self, work: Callable[[_Line], T], limit: TimeLimit) -> T:
+    def _once(self, work: Callable[[_Connection], T], limit: TimeLimit) -> T:
         """One try in a thread of its own, left behind when the deadline passes or the job is to stop."""
         limit.check()
         with self._lock:
-            line = self._lines.pop() if self._lines else _Line(self.settings, self._account)
-        line.limit = limit
+            connection = self._connections.pop() if self._connections else _Connection(self.settings, self._account)
+        connection.limit = limit
         outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def run() -> None:
             try:
-                outcome.set_result(work(line))
+                outcome.set_result(work(connection))
             except BaseException as problem:  # noqa: BLE001 - handed to the caller
                 outcome.set_exception(problem)
 
@@ -280,48 +280,48 @@ class B2Store:
                 limit.check()
                 concurrent.futures.wait([outcome], timeout=max(min(_POLL_S, limit.left()), 0.001))
         except BaseException:
-            line.give_up()
+            connection.give_up()
             thread.join(1.0)
             raise
         error = outcome.exception()
         if error is not None:
-            line.give_up()  # parts of a large file may still be under way on it
+            connection.give_up()  # parts of a large file may still be under way on it
             raise error
         with self._lock:
-            self._lines.append(line)
+            self._connections.append(connection)
         return outcome.result()
 
-    def _bucket(self, line: _Line) -> Any:
+    def _bucket(self, connection: _Connection) -> Any:
         """The bucket, after authorizing where that was not done yet."""
         try:
             self._account.get_account_auth_token()
         except b2.exception.MissingAccountData:
-            line.api.authorize_account(
+            connection.api.authorize_account(
                 realm=self.settings.realm,
                 application_key_id=self.settings.key_id,
                 application_key=self.settings.app_key,
             )
-        bucket = line.api.get_bucket_by_name(self.settings.bucket)
+        bucket = connection.api.get_bucket_by_name(self.settings.bucket)
         if self._is_private is None and bucket.type_ is not None:
             self._is_private = bucket.type_ == "allPrivate"
         return bucket
 
-    def _link(self, line: _Line, name: str) -> str:
+    def _link(self, connection: _Connection, name: str) -> str:
         """The object's address on the account's own download host; with a token when the bucket is private."""
-        bucket = self._bucket(line)
+        bucket = self._bucket(connection)
         url: str = bucket.get_download_url(name)
         if self._is_private is None:
-            self._is_private = self._ask_whether_private(line, url)
+            self._is_private = self._ask_whether_private(connection, url)
         if not self._is_private:
             return url
         token = bucket.get_download_authorization(name, self.settings.link_lifetime_s)
         return f"{url}?Authorization={quote(token, safe='')}"
 
-    def _ask_whether_private(self, line: _Line, url: str) -> bool:
+    def _ask_whether_private(self, connection: _Connection, url: str) -> bool:
         """Ask for the bucket's type; a key that may not see it leaves the test whether strangers can read."""
         with contextlib.suppress(Unauthorized):
-            return any(bucket.type_ == "allPrivate" for bucket in line.api.list_buckets(self.settings.bucket))
-        return line.session.request("HEAD", url).status_code in {401, 403}
+            return any(bucket.type_ == "allPrivate" for bucket in connection.api.list_buckets(self.settings.bucket))
+        return connection.session.request("HEAD", url).status_code in {401, 403}
 
     def _forget(self, problem: Exception) -> None:
         """Start the next try with a new upload URL; after a refusal also with a new authorization and bucket id."""
@@ -339,7 +339,7 @@ class B2Store:
             if isinstance(problem, kind):
                 return text
         if isinstance(problem, (B2ConnectionError, B2RequestTimeout, OSError)):
-            return f"the {describe(problem)}"  # what it says itself holds whole URLs
+            return f"the {describe(problem)}"  # its own text contains whole URLs
         if isinstance(problem, AssertionError):
             return "what B2 says it stored has another SHA-1"
         if not isinstance(problem, B2Error):

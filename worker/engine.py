@@ -155,7 +155,7 @@ class EngineLoader:
             )
         devices.configure_threads(settings.cpu_threads, device)
         if device.type == "cuda":
-            gpu = devices.gpu_facts(device)
+            gpu = devices.gpu_properties(device)
             logger.info("gpu", extra={"gpu": gpu.name, "free_mib": gpu.free_mib, "total_mib": gpu.total_mib})
             if (problem := devices.gpu_problem(gpu, settings.min_gpu_memory_mb)) is not None:
                 raise ProcessingError(problem)

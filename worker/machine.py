@@ -16,7 +16,7 @@ _MIB = 2**20
 
 
 def folder_problem(folder: Path, name: str, min_free_mb: int) -> str | None:
-    """What keeps `folder` (the setting `name`) from taking a job's files, or None; makes the folder if it is absent."""
+    """Reason why `folder` (the setting `name`) cannot take a job's files, or None; creates a missing folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:

@@ -38,7 +38,7 @@ class StoredObject:
 
 
 class Store(Protocol):
-    """Where finished files go."""
+    """Destination of finished files."""
 
     def check(self) -> None:
         """Check before the first job that uploads can work; lesser problems are only logged.

@@ -12,11 +12,11 @@ from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour
 
 UNSPECIFIED = 2
 _BT2020, _ICTCP, _IPT = 9, 14, 15
-# Transfer curves of HDR: PQ and HLG. Without a tone curve they come out dull and wrong (docs/media.md#colour).
+# Transfer curves of HDR: PQ and HLG. Without a tone curve they look dull and wrong (docs/media.md#colour).
 _HDR_TRANSFERS = {16, 18}
 _FULL_RANGE = 2
 
-# Matrices by code point: FFmpeg's name of each, and the colour that the output gets when tags say no more.
+# Matrices by code point: FFmpeg's name of each, and the colour of the output when the tags say no more.
 _MATRICES: dict[int, tuple[str, Colour]] = {
     1: ("bt709", BT709),
     4: ("fcc", BT601_NTSC),
@@ -43,7 +43,7 @@ class Tags:
 
 @dataclass(frozen=True)
 class ColourPlan:
-    """How pictures of some tags become pictures of `colour`: FFmpeg's name of their matrix, and what to convert."""
+    """Conversion of pictures with some tags to `colour`: FFmpeg's name of their matrix, and what to convert."""
 
     matrix_name: str
     colour: Colour
@@ -53,7 +53,7 @@ class ColourPlan:
 
 
 def plan_colour(tags: Tags, n_lines: int, *, is_rgb: bool = False) -> ColourPlan:
-    """What to do with pictures of `tags` and `n_lines` coded lines.
+    """Choose the conversion for pictures with `tags` and `n_lines` coded lines.
 
     Without tags, BT.601 is assumed below 720 lines and BT.709 from there on. Raises MediaError for HDR and for
     matrices that cannot be read.

@@ -28,7 +28,7 @@ from musetalk.media.timing import as_fraction
 _SCALE_FLAGS = "flags=accurate_rnd+full_chroma_int+full_chroma_inp+bicubic"
 _PLANAR_420 = {"yuv420p", "yuvj420p"}
 _COLOURSPACE_INPUTS = {f"yuv{chroma}p{depth}" for chroma in ("420", "422", "444") for depth in ("", "10le", "12le")}
-# What bwdif takes as it is, of the formats that interlaced material comes in.
+# Formats of interlaced material that bwdif accepts unchanged.
 _DEINTERLACED_INPUTS = _COLOURSPACE_INPUTS | {"yuvj420p", "yuvj422p", "yuvj444p", "yuv411p", "yuv410p"}
 _FULL_RANGE = 2
 _FRAME_TIME = Fraction(1, 1000)
@@ -47,14 +47,14 @@ def frame_tags(frame: Any) -> Tags:
 
 
 def frame_colour(frame: Any) -> ColourPlan:
-    """What a decoded frame's colours mean and become; raises MediaError for HDR and unknown matrices."""
+    """Choose the conversion of a decoded frame's colours; raises MediaError for HDR and unknown matrices."""
     return plan_colour(frame_tags(frame), frame.height, is_rgb=_is_rgb_like(frame.format))
 
 
 def orientation(frame: Any) -> tuple[int, bool]:
     """(rotation in degrees counter-clockwise, whether it is mirrored before) of a frame's display matrix.
 
-    Angles between are taken as the nearest quarter turn.
+    Angles between count as the nearest quarter turn.
     """
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
@@ -176,9 +176,9 @@ def _conversion(plan: ColourPlan, matrix: str, levels: str) -> str:
 
 
 class Deinterlacer:
-    """Makes whole pictures of frames that hold two fields (bwdif); other frames pass. Gives frames one later.
+    """Deinterlacer: merges the two fields of a frame (bwdif) and passes other frames; each leaves one frame later.
 
-    Frames come out with the number they were pushed with in `pts`, in units of 1 ms.
+    Frames keep the number they were pushed with in `pts`, in units of 1 ms.
     """
 
     def __init__(self) -> None:
@@ -194,7 +194,7 @@ class Deinterlacer:
         yield from map(_numbered, self._graph.push(frame, number))
 
     def finish(self) -> Iterator[tuple[int, Any]]:
-        """(number, frame) of those still held back."""
+        """(number, frame) of those still inside."""
         if self._graph is not None:
             graph, self._graph = self._graph, None
             yield from map(_numbered, graph.push(None))
@@ -225,7 +225,7 @@ class _FilterGraph:
         self._graph.link_nodes(source, *middle, self._graph.add("buffersink")).configure()
 
     def push(self, frame: Any | None, number: int = 0) -> Iterator[Any]:
-        """The frames that come out after `frame`; None says that no more will follow."""
+        """Push `frame` and return the frames that leave; None says that no more will follow."""
         if frame is not None:
             frame.pts, frame.time_base = number, _FRAME_TIME
         self._graph.push(frame)
@@ -235,7 +235,7 @@ class _FilterGraph:
             except (av.error.BlockingIOError, av.error.EOFError):
                 return
             if frame is not None and isinstance(out, av.VideoFrame):
-                # The tags of the source hold for what bwdif makes of it; the scaler drops some.
+                # bwdif's frames keep the meaning of the source's tags; the scaler drops some.
                 out.colorspace, out.color_range = frame.colorspace, frame.color_range
             yield out
 

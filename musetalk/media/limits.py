@@ -1,4 +1,4 @@
-"""What is accepted as input, and the words in which a probed input is described. Opens nothing."""
+"""Limits of accepted input, and the description of a probed input. Opens nothing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class MediaLimits:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """A probed source, as its frames will come out: turned upright, square pixels, even sides, limited range."""
+    """A probed source, described as its frames are decoded: upright, square pixels, even sides, limited range."""
 
     kind: Literal["video", "still"]
     width: int

@@ -41,15 +41,15 @@ _PICTURE_MAGIC: tuple[tuple[bytes, PictureFormat], ...] = (
     (b"II*\x00", "TIFF"),
     (b"MM\x00*", "TIFF"),
 )
-# Brands of the ISO container that hold photographs, not films: FFmpeg would show one tile of them.
+# Brands of the ISO container for photographs, not films: FFmpeg would show one tile of them.
 _PHOTO_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis"}
 
 
 def picture_format(path: Path, what: str = "the source") -> PictureFormat | None:
-    """Which picture format the first bytes of `path` announce, None when it is not a picture.
+    """Return the picture format that the first bytes of `path` announce, None when it is not a picture.
 
     Raises MediaError for an empty file and for photograph formats that cannot be read, ProcessingError when the file
-    is not there or is not a regular file.
+    does not exist or is not a regular file.
     """
     head = _head(path, what)
     if head[4:8] == b"ftyp" and head[8:12] in _PHOTO_BRANDS:
@@ -78,10 +78,9 @@ def _head(path: Path, what: str) -> bytes:
 
 @contextmanager
 def open_container(path: Path, limits: MediaLimits, what: str = "the source") -> Iterator[Any]:
-    """The opened container of `path`; closed on leaving. Errors of FFmpeg inside the block become ours.
+    """Open the container of `path` and close it after the block. FFmpeg's errors inside the block become ours.
 
-    Raises MediaError for what is not one of the accepted containers or cannot be decoded, ProcessingError when the
-    machine is at fault.
+    Raises MediaError for a container that is not accepted or cannot be decoded, ProcessingError for a system error.
     """
     options = {
         "format_whitelist": ",".join(CONTAINERS),
@@ -110,9 +109,9 @@ def open_container(path: Path, limits: MediaLimits, what: str = "the source") ->
 
 @contextmanager
 def ffmpeg_errors(what: str) -> Iterator[None]:
-    """Turn FFmpeg's errors into MediaError (the input's fault) or ProcessingError (the machine's).
+    """Turn FFmpeg's errors into MediaError (caused by the input) or ProcessingError (caused by the system).
 
-    FFmpeg's own text is dropped: it holds the path.
+    FFmpeg's own text is dropped because it contains the path.
     """
     try:
         yield
@@ -158,7 +157,7 @@ def prepare_decoder(stream: Any, limits: MediaLimits) -> None:
     context.thread_count = limits.decoder_threads
     context.thread_type = "AUTO"
     if stream.type == "video":
-        # A header may announce a small picture and the stream hold a large one.
+        # A header may announce a small picture while the stream contains a large one.
         context.options = {"max_pixels": str(limits.max_pixels)}
 
 
@@ -169,14 +168,14 @@ def packets(container: Any, stream: Any) -> Iterator[Any]:
     except av.error.FFmpegError as error:
         if error.errno in _MACHINE_ERRORS or isinstance(error, (av.error.ExitError, av.error.MemoryError)):
             raise
-        # What the decoder still holds comes out with an empty packet.
+        # An empty packet flushes the frames that are still in the decoder.
         empty = av.Packet()
         empty.stream = stream
         yield empty
 
 
 def decode(packet: Any, what: str = "the source") -> list[Any]:
-    """The frames that come out of the decoder after `packet`; raises MediaError when the codec is not known."""
+    """Decode `packet` and return the frames; raises MediaError when the codec is not known."""
     try:
         return list(packet.decode())
     except av.error.FFmpegError:

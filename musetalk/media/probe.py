@@ -1,7 +1,7 @@
 """A first look at an input, in a short-lived process of its own with limits on time and memory.
 
-A decoder that crashes, hangs or eats memory over a hostile file takes that process with it, not the one that holds the
-models (docs/media.md#opening-files).
+A decoder that crashes, hangs or eats memory on a hostile file ends that process, not the one with the models
+(docs/media.md#opening-files).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def probe_both(source: Path, audio: Path, limits: MediaLimits) -> tuple[SourceIn
 
 def _ask(kind: Literal["source", "audio"], path: Path, limits: MediaLimits) -> dict[str, Any]:
     plain = {name: str(value) if isinstance(value, Fraction) else value for name, value in asdict(limits).items()}
-    # An isolated interpreter knows its own packages only; ours and those of PYTHONPATH are handed over.
+    # An isolated interpreter knows its own packages only, so the paths of ours and of PYTHONPATH are passed on.
     root = str(Path(__file__).resolve().parents[2])
     sys_path = [root, *(os.path.abspath(entry) for entry in sys.path if entry)]
     request = {"kind": kind, "path": os.path.abspath(path), "limits": plain, "sys_path": sys_path}
@@ -169,7 +169,7 @@ def _first_frame(container: Any, stream: Any) -> tuple[Any, PacketTimes | None]:
         if packet.size and not packet.is_discard:
             stamps.append(PacketStamp(packet.pts, packet.dts, packet.duration or 0))
     if first is None:
-        raise MediaError("the source holds no picture that can be decoded")
+        raise MediaError("the source contains no picture that can be decoded")
     return first, packet_times(stamps, as_fraction(stream.time_base))
 
 

@@ -25,7 +25,7 @@ def main() -> int:
 def _limit_process(*, cpu_s: int, memory_bytes: int) -> None:
     try:
         import resource
-    except ImportError:  # a system without such limits; the wall limit holds
+    except ImportError:  # a system without such limits; the limit of wall time still applies
         return
     # A little more as the hard limit: the soft one ends the process with a signal of its own name.
     for kind, soft, hard in (

@@ -23,9 +23,9 @@ Loader = Callable[[], Planes]
 
 @dataclass(frozen=True)
 class SourceFrame:
-    """What the output shows at tick `index` (0, 1, ...), i.e. at index / rate seconds.
+    """The picture of the output at tick `index` (0, 1, ...), i.e. at index / rate seconds.
 
-    A repeat is the same picture as the tick before, in the same memory: whoever writes into planes copies them first.
+    A repeat shares the memory of the tick before, so code that writes into planes must copy them first.
     """
 
     index: int
@@ -38,7 +38,7 @@ def read_source(
 ) -> Generator[SourceFrame, None, None]:
     """The first `max_frames` frames (default: all) of the probed source; a still gives one.
 
-    Closing the generator closes the file. A file that breaks off gives what it holds. Raises MediaError when nothing
+    Closing the generator closes the file. A cut file gives the frames that it contains. Raises MediaError when nothing
     can be decoded, when more pictures than the allowed share are damaged, or when it is longer than allowed.
     """
     form = picture_format(path)
@@ -58,7 +58,7 @@ def read_source(
             planes = load()
         yield SourceFrame(tick, planes, is_repeat)
     if planes is None and max_frames != 0:
-        raise MediaError("the source holds no picture that can be decoded")
+        raise MediaError("the source contains no picture that can be decoded")
     health.check()
 
 
@@ -87,7 +87,7 @@ class _Health:
 
 
 def _video(path: Path, info: SourceInfo, limits: MediaLimits, health: _Health) -> Iterator[Timed[Loader]]:
-    """The pictures of a video with their times, deinterlaced where they hold two fields; converted when asked for."""
+    """The pictures of a video with their times, deinterlaced where they have two fields; converted on access."""
     converter = FrameConverter(info, limits)
     with open_container(path, limits) as container:
         stream = video_stream(container)

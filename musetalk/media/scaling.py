@@ -12,9 +12,9 @@ from musetalk.geometry import Box
 def fit_planes(planes: Planes, crop: Box, size: tuple[int, int]) -> Planes:
     """The part of the picture inside `crop` at `size` (width, height) px; all edges and sides even.
 
-    What of `crop` lies outside the picture is black. Chroma samples are taken to lie in the middle of their four luma
-    samples, as in `frames`; where they lie at the left (MPEG-2) colour moves by at most half an output pixel. The whole
-    picture at its own size is returned as it is, a part of it may share its memory. Raises ValueError for odd or empty
+    `crop` is black outside the picture. Chroma samples count as the middle of their four luma samples, as in `frames`;
+    for MPEG-2, where they are at the left, colour moves by at most half an output pixel. The whole picture at its own
+    size is returned unchanged, a part of it may share its memory. Raises ValueError for odd or empty
     boxes and sizes.
     """
     width, height = size
@@ -31,7 +31,7 @@ def fit_planes(planes: Planes, crop: Box, size: tuple[int, int]) -> Planes:
 
 
 def _with_black(planes: Planes, inside: Box, crop: Box, size: tuple[int, int]) -> Planes:
-    """`inside` where it lies in `crop`, scaled to `size`, on black.
+    """Place `inside` where it is in `crop`, scaled to `size`, on black.
 
     The canvas has the size of the output, however far the crop reaches, and no black is mixed into the picture's edge.
     """

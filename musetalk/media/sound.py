@@ -36,11 +36,11 @@ WHAT = "the audio"
 
 # A long filter: 7 kHz passes untouched, 8.4 kHz is 97 dB down; FFmpeg's default lets -22 dB of it alias into speech.
 _RESAMPLER = "filter_size=128:phase_shift=10:cutoff=0.95"
-# Values beyond this are no sound (a float file may hold anything); 18 dB above full scale leaves room for overshoot.
+# Values beyond this are no sound (a float file may contain anything); 18 dB above full scale allows overshoot.
 _MAX_SAMPLE = 8.0
 # Encoders pad the last frame; more than this is not padding but a wrong header.
 _MAX_PADDING_S = Fraction(1, 4)
-# Decoders round; a file of exactly the allowed length may come out a little longer.
+# Decoders round, so a file of exactly the allowed length may become a little longer.
 _LENGTH_TOLERANCE_S = 0.1
 _LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
 # numpy type, middle and full scale of FFmpeg's sample formats, without the mark of planar ones.
@@ -62,7 +62,7 @@ def inspect_audio(path: Path, limits: MediaLimits) -> AudioInfo:
         duration = _declared_duration(container, stream)
         block = next(_decoded(container, stream, limits), None)
         if block is None:
-            raise MediaError(f"{WHAT} holds no sound that can be decoded")
+            raise MediaError(f"{WHAT} contains no sound that can be decoded")
         samples, rate = block
         return AudioInfo(duration, rate, samples.shape[0], stream.codec_context.name, container.format.name)
 
@@ -139,7 +139,7 @@ def _decoded(container: Any, stream: Any, limits: MediaLimits) -> Iterator[tuple
         for frame in frames:
             if frame.samples and frame.sample_rate:
                 yield _as_float(frame), frame.sample_rate
-    # The last packet of a cut file is often half there; a tag between packets may be taken for one.
+    # The last packet of a cut file is often incomplete, and a tag between packets can look like one.
     if n_bad > max(2, limits.max_corrupt_share * n_packets):
         raise MediaError(f"{WHAT} is damaged: {n_bad} of {n_packets} packets cannot be decoded", corrupt=n_bad)
 
@@ -235,7 +235,7 @@ class _Resampler:
         return graph
 
     def resample(self, samples: Float32Array) -> Iterator[Float32Array]:
-        """What is ready after `samples` (source channels, n)."""
+        """Push `samples` (source channels, n) and return the resampled ones that are ready."""
         if self._graph is None:
             yield samples
             return
@@ -246,7 +246,7 @@ class _Resampler:
         yield from self._pull()
 
     def finish(self) -> Iterator[Float32Array]:
-        """What was still held back; the last samples are cut or filled up with silence to the exact length."""
+        """Return the remaining samples, cut or filled with silence to the exact length."""
         if self._graph is None:
             return
         self._graph.push(None)

@@ -26,7 +26,7 @@ from musetalk.media.opening import PictureFormat
 from musetalk.media.timing import Timed, nominal_rate, output_rate
 
 _WHAT = "the source"
-# JPEG files of cameras may hold more than one picture; the first is meant.
+# JPEG files of cameras may contain more than one picture; the first one counts.
 _PILLOW_FORMATS: dict[PictureFormat, list[str]] = {"JPEG": ["JPEG", "MPO"]}
 _ANIMATED_FORMATS: set[PictureFormat] = {"GIF", "WEBP", "PNG"}
 _STILL_RATE = Fraction(25)
@@ -50,7 +50,7 @@ def inspect_picture(path: Path, form: PictureFormat, limits: MediaLimits) -> Sou
             first = pixels if first is None else first
             durations.append(duration_ms)
         if first is None:
-            raise MediaError(f"{_WHAT} holds no picture that can be decoded")
+            raise MediaError(f"{_WHAT} contains no picture that can be decoded")
     source_rate = nominal_rate([Fraction(1000, min(durations))])
     rate = output_rate(source_rate, limits)
     duration = Fraction(sum(durations) * n_frames, 1000 * len(durations))
@@ -80,7 +80,7 @@ def read_still(path: Path, form: PictureFormat, info: SourceInfo, limits: MediaL
 def read_animation(
     path: Path, form: PictureFormat, info: SourceInfo, limits: MediaLimits
 ) -> Iterator[Timed[Callable[[], Planes]]]:
-    """The pictures of an animation with their times; one that breaks off gives what it holds."""
+    """The pictures of an animation with their times; a cut file gives those that it contains."""
     time = Fraction(0)
     with _opened(path, form, limits) as image:
         for pixels, duration_ms in _animation(image, limits, limits.max_decoded_frames):
@@ -113,12 +113,12 @@ def _picture_errors() -> Iterator[None]:
     except MemoryError:
         raise ProcessingError(f"there is not enough memory to decode {_WHAT}", reason="MemoryError") from None
     except Exception as error:  # noqa: BLE001 - Pillow's readers raise anything on a broken file, from struct to zlib
-        # Its texts hold the path.
+        # Pillow's texts contain the path.
         raise MediaError(f"{_WHAT} is a picture that cannot be decoded", reason=type(error).__name__) from None
 
 
 def _n_animated(image: Any) -> int:
-    """Frames of the animation; a PNG may hold a picture for programs without animation that is not part of it."""
+    """Number of frames; a PNG may contain a picture for programs without animation, which does not count."""
     return int(image.n_frames) - bool(image.info.get("default_image"))
 
 
@@ -172,7 +172,7 @@ def _grey(values: NDArray[Any], mode: str) -> UInt8Array:
     if mode == "F":
         scale = 255.0 if numbers.max() <= 1 else 1.0
     else:
-        # "I" holds 16-bit files in older releases of Pillow, rarely more.
+        # Older releases of Pillow use "I" for 16-bit files; more bits are rare.
         scale = 255 / 65535 if numbers.max() <= 65535 else 255 / (2**31 - 1)
     grey: UInt8Array = np.clip(np.rint(numbers * scale), 0, 255).astype(np.uint8)
     return grey

@@ -51,10 +51,10 @@ def nominal_rate(candidates: Iterable[Fraction | None], default: Fraction = _DEF
 
 
 def output_rate(source_rate: Fraction, limits: MediaLimits) -> Fraction:
-    """The rate of the output for a source of `source_rate` pictures per second.
+    """Return the output's rate for a source of `source_rate` pictures per second.
 
-    Within the limits it is kept; a faster source is divided by the smallest whole number that brings it to at most
-    `resampled_rate`, a slower one raised to `raised_rate`.
+    Within the limits it stays the same. A faster rate is divided by the smallest whole number that gives at most
+    `resampled_rate`, a slower one is raised to `raised_rate`.
     """
     if source_rate > limits.max_rate:
         return source_rate / math.ceil(source_rate / limits.resampled_rate)
@@ -62,7 +62,7 @@ def output_rate(source_rate: Fraction, limits: MediaLimits) -> Fraction:
 
 
 def tolerance(rate: Fraction, source_rate: Fraction, clock_grain: Fraction) -> Fraction:
-    """How much later than its tick (s) a picture may be stamped: the clock's grain, at most a quarter of a picture."""
+    """Tolerance (s) for a picture later than its tick: the clock's grain, at most a quarter of a picture."""
     return min(max(_MIN_TOLERANCE, clock_grain), 1 / (4 * max(rate, source_rate)))
 
 
@@ -97,7 +97,7 @@ def on_grid(pictures: Iterable[Timed[T]], rate: Fraction, late: Fraction) -> Ite
 
 
 def n_ticks(duration: Fraction, rate: Fraction) -> int:
-    """How many ticks of `rate` begin within `duration` (s), at least one; a quarter of a tick is rounding."""
+    """Number of ticks of `rate` that begin within `duration` (s), at least one; a quarter of a tick is rounding."""
     return max(1, math.ceil(duration * rate - Fraction(1, 4)))
 
 
@@ -150,7 +150,7 @@ class PacketStamp(NamedTuple):
 
 @dataclass(frozen=True)
 class PacketTimes:
-    """What the stamps of all packets of a stream say: pictures, length (s), and whether they can be believed."""
+    """Summary of all time stamps of a stream: pictures, length (s), and whether the stamps are consistent."""
 
     n_pictures: int
     duration: Fraction | None

@@ -50,7 +50,7 @@ _CLOCK_TOLERANCE = Fraction(1, 10_000)
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """How the picture is encoded; `crf` (0..51) is x264's constant quality, NVENC's quantiser follows it."""
+    """Settings of the video encoder; `crf` (0..51) is x264's constant quality, NVENC's quantiser follows it."""
 
     codec: str = "libx264"
     preset: str = "veryfast"
@@ -241,8 +241,8 @@ class VideoWriter:
     def close(self) -> OutputInfo:
         """Finish, check and name the file.
 
-        Raises EncodeError when pictures are missing or the file does not hold what it should, DiskFullError; the file
-        is removed then.
+        Raises EncodeError when pictures are missing or the file is not as intended, and DiskFullError; the file is then
+        removed.
         """
         if self._container is None:
             raise EncodeError("the output is closed already")
@@ -271,7 +271,7 @@ class VideoWriter:
         if self._closed:
             return
         self._closed = True
-        # Without its name first: finishing a file that is not wanted would rewrite all of it.
+        # Unlinked first: finishing a file that nobody needs would rewrite all of it.
         with suppress(OSError):
             self._part.unlink(missing_ok=True)
         container, self._container = self._container, None
@@ -302,7 +302,7 @@ class VideoWriter:
                 if sound is None or abs(sound - self._duration) > 1 / self._rate:
                     problems.append(f"sound of {float(sound or 0):.3f} s instead of {float(self._duration):.3f} s")
         except MediaError as error:
-            # The file is ours: nobody's input is at fault.
+            # The file is ours, so no input caused the error.
             raise EncodeError(f"the output cannot be read again: {error.message}") from None
         if not index_comes_first(self._part):
             problems.append("index behind the data")
@@ -319,7 +319,7 @@ class VideoWriter:
         )
 
     def _video_problems(self, container: Any, limits: MediaLimits) -> list[str]:
-        """What is wrong with the video track: all time stamps are read, the first picture is decoded."""
+        """Return the problem of the video track, or None: reads all time stamps, decodes the first picture."""
         n_streams = (len(container.streams.video), len(container.streams.audio))
         if n_streams != (1, int(self._duration is not None)):
             return [f"{n_streams[0]} video and {n_streams[1]} audio tracks"]
@@ -342,7 +342,7 @@ class VideoWriter:
         return problems + self._clock_problems(sorted(stamps), stream)
 
     def _clock_problems(self, stamps: list[int], stream: Any) -> list[str]:
-        """What is wrong with the time stamps, in units of the stream's time base and in order."""
+        """Return the problem of the time stamps (in units of the stream's time base, in order), or None."""
         if len(stamps) != self._n_frames:
             return [f"{len(stamps)} pictures instead of {self._n_frames}"]
         unit = as_fraction(stream.time_base) or Fraction(1)
@@ -433,18 +433,18 @@ def encoder_errors() -> Iterator[None]:
     try:
         yield
     except (av.error.FFmpegError, OSError) as error:
-        # FFmpeg's classes are OSErrors too where the number is the system's; the text may hold the path.
+        # FFmpeg's classes are OSErrors too where the number is the system's; the text may contain the path.
         if is_disk_full(error):
             raise DiskFullError("the disk is full; the output could not be written") from None
         reason = error.strerror or type(error).__name__
         raise EncodeError(f"the output could not be encoded or written ({reason})", kind=type(error).__name__) from None
     except (ValueError, OverflowError) as error:
-        # An encoder this build does not have, or numbers its settings cannot hold.
+        # An encoder that this build lacks, or a value outside the range of its settings.
         raise EncodeError("the output cannot be encoded with these settings", kind=type(error).__name__) from error
 
 
 def index_comes_first(path: Path) -> bool:
-    """Whether an MP4's index (`moov`) lies before its data (`mdat`), so that it plays while it loads."""
+    """Whether an MP4's index (`moov`) precedes its data (`mdat`), so that it plays while it loads."""
     with path.open("rb") as file:
         while header := file.read(8):
             if len(header) < 8:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-# Batch norm counts its training steps; inference never reads the number, and older checkpoints do not hold it.
+# Batch norm counts its training steps; inference never reads the number, and older checkpoints lack it.
 _COUNTER = ".num_batches_tracked"
 _N_NAMED = 3
 

@@ -96,7 +96,7 @@ def test_fetch_convert_verify_and_never_the_network_again(command: Command, hub:
     assert "10 files fetched" in text
     assert "6 files converted" in text
     assert "100 % (s3fd-619a316812.pth)" in text
-    assert "all files of v15 are there and right" in command.run("verify")
+    assert "all files of v15 are complete and correct" in command.run("verify")
     assert not list(command.models_dir.rglob("*.pth"))
     hub.seen.clear()
     command.environment["HF_HUB_OFFLINE"] = "1"
@@ -114,7 +114,7 @@ def test_an_interrupt_leaves_what_the_next_run_resumes(command: Command, hub: Fa
     # What was sent is in the file before the interrupt: only then does its size say what was kept.
     part = _grown(command.models_dir, 5000)
     process.send_signal(signal.SIGINT)
-    assert "stopped; the same command goes on" in command.end(process, 130)
+    assert "stopped; run the same command again" in command.end(process, 130)
     assert not (command.models_dir / UNET).exists()
     assert part.stat().st_size == 5000
     hub.go_on.set()
@@ -328,5 +328,5 @@ def test_on_a_gpu_a_failed_fetch_is_no_reason_for_the_demo(core_of: Any, hub: Fa
     core = core_of(True)
     core.start_loading().join()
     assert core.readiness.state == "failed"
-    assert "holds another file of 7 bytes" in (core.readiness.reason or "")
+    assert "has another file of 7 bytes" in (core.readiness.reason or "")
     assert core.readiness.model is None

@@ -437,7 +437,7 @@ def test_stored_half_precision_is_read_as_float32(tmp_path: Path, whole_model: W
         (lambda state: state.pop("encoder.conv1.bias"), "1 missing .conv1.bias"),
         (lambda state: state.update({"encoder.extra": torch.zeros(1)}), "1 unexpected .extra"),
         (lambda state: state.update({"encoder.conv1.bias": torch.zeros(3)}), "1 of another shape .conv1.bias"),
-        (lambda state: [state.pop(key) for key in list(state) if key.startswith("encoder.")], "holds no Whisper"),
+        (lambda state: [state.pop(key) for key in list(state) if key.startswith("encoder.")], "contains no Whisper"),
     ],
 )
 def test_a_checkpoint_of_another_network_is_refused_by_name(

@@ -1,4 +1,4 @@
-"""The cache of prepared sources: what is read is what was written, budgets hold, and damage never becomes a picture."""
+"""The cache of prepared sources: entries read back equal, budgets are kept, damage never becomes a picture."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 
 from musetalk.acceleration import frames_that_fit
 from musetalk.devices import (
-    GpuFacts,
+    GpuProperties,
     choose_dtype,
     cpu_has_bfloat16,
     gpu_errors,
@@ -48,8 +48,8 @@ def test_other_errors_pass() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def facts(capability: tuple[int, int], *architectures: str, free: int = 8000) -> GpuFacts:
-    return GpuFacts("Card", capability, architectures, free, 8192)
+def facts(capability: tuple[int, int], *architectures: str, free: int = 8000) -> GpuProperties:
+    return GpuProperties("Card", capability, architectures, free, 8192)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def facts(capability: tuple[int, int], *architectures: str, free: int = 8000) ->
         (facts((8, 6)), True),
     ],
 )
-def test_a_card_runs_what_was_compiled_for_it(card: GpuFacts, fits: bool) -> None:
+def test_a_card_runs_what_was_compiled_for_it(card: GpuProperties, fits: bool) -> None:
     problem = gpu_problem(card, 100)
     assert (problem is None) is fits
     if problem is not None:

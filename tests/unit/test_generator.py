@@ -475,7 +475,7 @@ def cut(path: Path) -> None:
         (cut, "cut short"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.write_bytes(b"<!DOCTYPE html><html></html>"), "web page"),
-        (lambda path: path.unlink(), "holds none of"),
+        (lambda path: path.unlink(), "contains none of"),
     ],
     ids=["cut", "empty", "page", "missing"],
 )

@@ -166,7 +166,7 @@ def test_find_weights_takes_the_first_name_and_lists_all_of_them(tmp_path: Path)
     folder = tmp_path / "sd-vae"
     folder.mkdir()
     error = refusal(lambda: weights.find_weights(folder, ("a.safetensors", "a.bin")), tmp_path)
-    assert str(error) == "sd-vae holds none of a.safetensors, a.bin"
+    assert str(error) == "sd-vae contains none of a.safetensors, a.bin"
     for name in ("a.bin", "a.safetensors"):
         (folder / name).write_bytes(b"x")
         assert weights.find_weights(folder, ("a.safetensors", "a.bin")) == folder / name
@@ -384,7 +384,7 @@ def replace_pickle(path: Path, pickled: bytes) -> None:
 @pytest.mark.parametrize("content", [[1, 2, 3], {}, {"state_dict": {}}, {"a": 1}, torch.ones(3), "text", None])
 def test_a_checkpoint_without_named_tensors_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "unet.pth")
-    assert "holds no tensors" in str(refusal(lambda: weights.read_state(tmp_path / "unet.pth"), tmp_path))
+    assert "contains no tensors" in str(refusal(lambda: weights.read_state(tmp_path / "unet.pth"), tmp_path))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -400,7 +400,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float, dt
     else:
         save_file(state, path)
     error = refusal(lambda: weights.read_state(path), tmp_path)
-    assert "holds values that are not finite (in late.bias)" in str(error)
+    assert "contains values that are not finite (in late.bias)" in str(error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float16, torch.bfloat16])
@@ -599,8 +599,8 @@ def test_configurations_lose_their_private_entries(tmp_path: Path) -> None:
         (b"{", "is not a readable JSON file"),
         (b"\xff\xfe{}", "is not a readable JSON file"),
         (b"<html></html>", "is not a readable JSON file"),
-        (b"[1]", "does not hold a JSON object"),
-        (b"null", "does not hold a JSON object"),
+        (b"[1]", "is not a JSON object"),
+        (b"null", "is not a JSON object"),
     ],
 )
 def test_a_broken_configuration_is_named(tmp_path: Path, content: bytes | None, text: str) -> None:

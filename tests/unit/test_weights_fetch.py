@@ -294,7 +294,7 @@ def test_a_wrong_checksum_is_reported_and_the_file_removed(caller: Caller, offic
     import hashlib
 
     assert str(error) == (
-        f"{UNET} came with the SHA-256 {hashlib.sha256(wrong).hexdigest()}, expected {digest[:known]}{beginning}; "
+        f"{UNET} has the SHA-256 {hashlib.sha256(wrong).hexdigest()}, expected {digest[:known]}{beginning}; "
         "the file was removed"
     )
     assert error.details == {"file": UNET}
@@ -308,11 +308,11 @@ def test_another_file_on_the_hub_is_reported_before_it_is_fetched(caller: Caller
     size = (official / UNET).stat().st_size
     caller.hub.files[UNET_AT].announced_size = 12
     assert str(caller.refusal()) == (
-        f"{UNET}: Hugging Face TMElyralab/MuseTalk holds another file of 12 bytes, expected {size:,}"
+        f"{UNET}: Hugging Face TMElyralab/MuseTalk has another file of 12 bytes, expected {size:,}"
     )
     caller.hub.files[UNET_AT].announced_size = None
     caller.hub.files[UNET_AT].announced_sum = "ab" * 32
-    assert f"holds another file, SHA-256 {'ab' * 32}, expected {caller.entry(UNET).sha256}" in str(caller.refusal())
+    assert f"has another file, SHA-256 {'ab' * 32}, expected {caller.entry(UNET).sha256}" in str(caller.refusal())
     assert not any(seen.method == "GET" for seen in caller.hub.seen)
 
 
@@ -321,7 +321,7 @@ def test_a_file_nothing_is_published_of_is_held_to_what_the_hub_says(caller: Cal
         caller.change(name, sha256=None, n_bytes=None)
     right = (official / UNET).read_bytes()
     caller.hub.orders[UNET_AT] = [Order(body=bytes(len(right)))]
-    assert "came with the SHA-256" in str(caller.refusal())
+    assert "has the SHA-256" in str(caller.refusal())
     caller.hub.files[f"TMElyralab/MuseTalk/{CONFIG}"].announced_sum = "cd" * 20
     assert f"expected {'cd' * 20}" in str(caller.refusal())
     caller.hub.files[f"TMElyralab/MuseTalk/{CONFIG}"].announced_sum = None
@@ -332,7 +332,7 @@ def test_a_file_nothing_is_published_of_is_held_to_what_the_hub_says(caller: Cal
 def test_more_bytes_than_announced_are_not_taken(caller: Caller, official: Path) -> None:
     right = (official / S3FD).read_bytes()
     caller.hub.orders[S3FD] = [Order(body=right * 2)]
-    assert "came with more than the" in str(caller.refusal())
+    assert "has more than the" in str(caller.refusal())
     assert caller.parts() == []
 
 

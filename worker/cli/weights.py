@@ -31,7 +31,7 @@ def _parse_arguments(arguments: Sequence[str] | None, settings: Settings) -> arg
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
         "fetch": "fetch missing files; interrupted downloads resume",
-        "verify": "say file by file what is there, missing, cut short or wrong; exit status 1 unless all is well",
+        "verify": "report each file as complete, missing, cut short or wrong; exit status 1 unless all are complete",
         "convert": "write float16 safetensors (float32 for the face networks) beside the checkpoints",
     }
     for name, text in helps.items():
@@ -114,9 +114,9 @@ def _verify(given: argparse.Namespace) -> int:
         print(f"{finding.verdict:<10} {finding.name}: {finding.text}")
     bad = [finding for finding in findings if not finding.is_fine]
     if not bad:
-        print(f"all files of {given.version} are there and right")
+        print(f"all files of {given.version} are complete and correct")
         return 0
-    print(f"{len(bad)} of {len(findings)} files are not as they should be; `fetch` replaces them")
+    print(f"{len(bad)} of {len(findings)} files are missing or wrong; `fetch` replaces them")
     return 1
 
 

@@ -1,9 +1,9 @@
-"""Which hosts a download may dial: parse an address strictly, resolve its name, judge every result. Knows no HTTP.
+"""Check of download addresses: parse strictly, resolve the name, check every result. Knows no HTTP.
 
 The threat is a job that names an address inside our network: the cloud's metadata service, the worker itself, a
 neighbour. The rule is that a name is refused when any of its addresses is not a public one, and that the caller dials
-exactly the addresses judged here, so that a second look-up cannot give another answer. What browsers and libraries
-read in different ways (userinfo, zones, octal or short IPv4, backslashes) is refused and never interpreted.
+exactly the addresses checked here, so that a second lookup cannot give another answer. Spellings that browsers and
+libraries read in different ways (userinfo, zones, octal or short IPv4, backslashes) are refused and never interpreted.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ _NUMBER = re.compile(r"(0x[0-9a-f]*|[0-9]+)")
 
 @dataclass(frozen=True)
 class Target:
-    """An http(s) address taken apart: `host` is ASCII, lower case, without brackets or trailing dot."""
+    """The parts of an http(s) address: `host` is ASCII, lower case, without brackets or trailing dot."""
 
     scheme: str
     host: str
@@ -112,7 +112,7 @@ def parse_target(url: str) -> Target:
     if len(url) > MAX_URL_LENGTH:
         raise _refused("it is too long", url)
     if any(unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} for character in url):
-        raise _refused("it holds control characters", url)
+        raise _refused("it contains control characters", url)
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -121,7 +121,7 @@ def parse_target(url: str) -> Target:
     if parts.scheme not in DEFAULT_PORTS:
         raise _refused("only http and https are fetched", url)
     if "@" in parts.netloc or "\\" in parts.netloc:
-        raise _refused("it must not hold a user name or a backslash", url)
+        raise _refused("it must not contain a user name or a backslash", url)
     if not host or port == 0:
         raise _refused("it has no host" if not host else "its port is not one", url)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")

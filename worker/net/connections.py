@@ -1,8 +1,7 @@
-"""Connections: pinned to a judged address, cut from another thread, their faults put in words. Knows no jobs.
+"""Connections: pinned to a checked address, cut from another thread, their faults described. Knows no jobs.
 
-A socket's time-out starts again with every byte, so a peer that drips, or that stops reading, can hold a thread for as
-long as it likes. Shutting the socket from outside ends the call at once; that is how a limit on the whole of a
-download or an upload is kept.
+A socket's timeout restarts with every byte, so a peer that sends slowly, or stops reading, can block a thread for ever.
+Shutting the socket from another thread ends the call at once, which enforces a total limit.
 """
 
 from __future__ import annotations
@@ -175,7 +174,7 @@ _TEXTS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
 
 
 def describe(error: BaseException) -> str:
-    """What a transport error means, without addresses: the library's own texts hold whole URLs."""
+    """Describe a transport error without addresses; the library's own texts contain whole URLs."""
     chain = list(causes(error))
     for classes, text in _TEXTS:
         if any(isinstance(cause, classes) for cause in chain):

@@ -1,9 +1,9 @@
 """Download of an address to a file, with limits in bytes and seconds. Knows no storage, no jobs and no media formats.
 
 `fetch` writes to a temporary name and renames at the end; a failure leaves nothing. It retries what can change (refused
-connections, resets, cut bodies, 408, 429, 5xx) and resumes where the host allows it; other failures are final. `addresses`
-checks each redirect, and the connection goes to the address that was checked, so that no second lookup leads elsewhere.
-Proxies, cookies and credentials of the environment are not used. No log and no error contains a signed address.
+connections, resets, cut bodies, 408, 429, 5xx) and resumes where the host allows it; other failures are final. Each
+redirect is checked by `addresses`, and the connection goes to the address that was checked, so no second lookup leads
+elsewhere. Proxies, cookies and credentials of the environment are not used. Logs and errors contain no signed address.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class DownloadSettings:
     """Limits and permissions of downloads; times in seconds.
 
     `allowed_hosts` (`host`, `host:port`, `*.suffix`), when set, are the only hosts that are dialled, and they may have
-    private addresses. `file_url_roots` are the folders that `file:` addresses may lie in. `ca_bundle` replaces the
+    private addresses. `file_url_roots` are the folders that `file:` addresses may point into. `ca_bundle` replaces the
     public certificate authorities.
     """
 
@@ -89,7 +89,7 @@ class DownloadSettings:
 
 @dataclass(frozen=True)
 class FetchedFile:
-    """What arrived: size, SHA-256 (hex), the type the host named, and how long it took."""
+    """A downloaded file: size, SHA-256 (hex), the content type of the host, and the seconds it took."""
 
     n_bytes: int
     sha256: str
@@ -147,7 +147,7 @@ def fetch_together(
     """
     failed = threading.Event()
 
-    def bring(one: tuple[str, Path, Kind]) -> FetchedFile:
+    def fetch_one(one: tuple[str, Path, Kind]) -> FetchedFile:
         url, destination, kind = one
         try:
             return fetch(url, destination, settings, kind=kind, should_stop=lambda: should_stop() or failed.is_set())
@@ -157,7 +157,7 @@ def fetch_together(
 
     with ThreadPoolExecutor(len(wanted), thread_name_prefix="download") as pool:
         # Each with a copy of the context, which the job's id in the logs comes from.
-        parts = [pool.submit(contextvars.copy_context().run, bring, one) for one in wanted]
+        parts = [pool.submit(contextvars.copy_context().run, fetch_one, one) for one in wanted]
     errors = [error for part in parts if (error := part.exception()) is not None]
     if errors:
         # A download that was stopped because of another one is not the cause.
@@ -170,7 +170,7 @@ class _TimeUpError(Exception):
 
 
 class _FaultError(Exception):
-    """A fault that another try can mend; the text has no address in it."""
+    """A fault that a retry can fix; the text contains no address."""
 
     def __init__(self, why: str, *, pause_s: float = 0.0, status: int | None = None) -> None:
         super().__init__(why)
@@ -393,7 +393,7 @@ class _Download:
         return max(min(seconds, self.watch.left()), 0.01)
 
     def _begin(self, response: requests.Response, start: int) -> None:
-        """Judge status and headers; afterwards the part file stands where the body goes on."""
+        """Check status and headers; afterwards the part file is where the body continues."""
         status, headers = response.status_code, response.headers
         if start and status in {200, 206, 412, 416}:
             if status == 206 and self._continues(headers, start):
@@ -414,7 +414,7 @@ class _Download:
         return self._expect(headers)
 
     def _continues(self, headers: Mapping[str, str], start: int) -> bool:
-        """Whether a 206 is the rest of what is here: same version, same size, starting at `start`."""
+        """Whether a 206 continues the part file: same version, same size, starting at `start`."""
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
         if match is None or int(match[1]) != start:
             return False
@@ -462,7 +462,7 @@ class _Download:
 
 
 def _joined(base: str, location: str) -> str:
-    """Where a redirect leads; header bytes arrive as Latin-1 although hosts write UTF-8."""
+    """Target of a redirect; header bytes arrive as Latin-1 although hosts write UTF-8."""
     with contextlib.suppress(UnicodeError):
         location = location.encode("latin-1").decode()
     try:
@@ -480,7 +480,7 @@ def _content_length(headers: Mapping[str, str]) -> int | None:
 
 
 def _validator(headers: Mapping[str, str]) -> str | None:
-    """What names this version of the file in If-Range: a strong ETag, else the date of the last change."""
+    """Validator of this version of the file for If-Range: a strong ETag, else the date of the last change."""
     etag = headers.get("ETag", "")
     if re.fullmatch(r'"[\x21\x23-\x7e]*"', etag):
         return etag

@@ -33,7 +33,7 @@ def copy_local(url: str, part: Part, roots: Sequence[Path] | None, check: Callab
     """
     path = _local_path(url, roots)
     try:
-        # Without following a link put there meanwhile, and without hanging on a pipe.
+        # Without following a link that was created since the check, and without hanging on a pipe.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         raise DownloadError("the file named by a file: address does not exist", url="file:…") from None

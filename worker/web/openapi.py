@@ -66,7 +66,7 @@ def job_schema() -> Json:
                 "description": "Names the output; the same id again replaces it.",
             },
             "video_url": {**address, "description": "Video or still."},
-            "audio_url": {**address, "description": "Anything that holds sound."},
+            "audio_url": {**address, "description": "Any file that contains sound."},
             "aspect_ratio": {"type": ["string", "null"], "maxLength": MAX_TEXT_LENGTH, "examples": ["9:16"]},
             "resolution": {"type": ["string", "null"], "maxLength": MAX_TEXT_LENGTH, "examples": ["720p", "512x512"]},
             "params": {"type": ["object", "null"], "properties": params},
@@ -151,7 +151,7 @@ def _failures(*statuses: tuple[int, str]) -> Json:
 
 def _health() -> Json:
     return {
-        "summary": "Whether the worker can do its work or is doing it",
+        "summary": "Whether the worker is ready or busy",
         "responses": {
             "200": _json("Ready or busy", _ref("Health")),
             "503": _json("Starting, shutting down or broken, with the reason", _ref("Health")),
@@ -161,7 +161,7 @@ def _health() -> Json:
 
 def _generate() -> Json:
     return {
-        "summary": "Run one job and wait for its end",
+        "summary": "Run one job and answer when it is finished",
         "parameters": [{"name": "Salad-Job-Id", "in": "header", "required": False, "schema": _TEXT}],
         "requestBody": {
             "required": True,
@@ -175,8 +175,11 @@ def _generate() -> Json:
                 (403, "The request comes from a page of another site"),
                 (409, "The job was cancelled"),
                 (413, "The body is too large"),
-                (422, "The request or its media is at fault; sending it again would end the same way"),
-                (500, "The worker or what it leans on is at fault; `retryable` says which"),
+                (422, "The request or its media caused the error; a retry would fail again"),
+                (
+                    500,
+                    "Caused by the worker or something it depends on; `retryable` says if a retry can help",
+                ),
                 (503, "Busy, starting or shutting down"),
             ),
         },
@@ -184,14 +187,14 @@ def _generate() -> Json:
 
 
 def _upload() -> Json:
-    """The form the playground sends."""
+    """The form that the page sends."""
     file: Json = {"type": "string", "format": "binary"}
     return {
         "type": "object",
         "required": ["source", "audio"],
         "properties": {
             "source": {**file, "description": "Video or still."},
-            "audio": {**file, "description": "Anything that holds sound."},
+            "audio": {**file, "description": "Any file that contains sound."},
             "params": {"type": "string", "description": "As in Job, as JSON text."},
             "musetalk_job_id": {"type": "string", "description": "One is made when it is absent."},
         },
@@ -210,7 +213,7 @@ def _progress() -> Json:
         },
     }
     return {
-        "summary": "How far the running job is, by any of its ids; frames in the stage inference",
+        "summary": "Progress of the running job, by any of its ids; frames in the stage inference",
         "parameters": [{"name": "job_id", "in": "path", "required": True, "schema": _TEXT}],
         "responses": {
             "200": _json("It runs", body),

@@ -1,6 +1,6 @@
 """The page at `/` to try the worker on, and the uploads it sends; only with `python app.py` or PLAYGROUND=1.
 
-Uploaded files are written to the work folder while they arrive, never held in memory, and removed with the request.
+Uploaded files are written to the work folder while they arrive, never kept in memory, and removed with the request.
 Knows Flask and jobs, no torch and no media.
 """
 
@@ -25,36 +25,36 @@ from worker.work_dir import WORK_PREFIX
 
 _PAGE = Path(__file__).resolve().parent / "page"
 _DEMO_MEDIA = ROOT / "demo/media"
-# Everything comes from here; what plays is what the page holds itself, or a bucket's link.
+# Everything is loaded from this server; a video is the page's own file or a link to the bucket.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob: data:; media-src 'self' blob: https:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
 _FORM = "multipart/form-data"
-# For the small parts of a form and what holds it together.
+# For the small fields of a form and its separators.
 _FORM_BYTES = 1_000_000
-# Parts of a form: two files and two texts.
+# Two files and a few text fields.
 _MAX_PARTS = 8
 
 blueprint = Blueprint("playground", __name__)
 
 
 class UploadRequest(Request):
-    """A request whose uploaded files lie in the work folder, each in a folder of its own that a restart would clean."""
+    """A request whose uploaded files go to the work folder, each into a folder that a restart would remove."""
 
     max_form_parts = _MAX_PARTS
 
     @property
     def settings(self) -> Settings:
-        """Those of the core this app serves."""
+        """The settings of the core that this app serves."""
         settings = current_app.extensions["core"].settings
         assert isinstance(settings, Settings)
         return settings
 
     @property
     def max_content_length(self) -> int | None:
-        """Both files and the form around them for an upload, the usual limit for everything else."""
+        """Both files and the form around them for an upload, else the usual limit."""
         if self.mimetype == _FORM and current_app.extensions.get("playground"):
             return self.settings.max_video_bytes + self.settings.max_audio_bytes + _FORM_BYTES
         return super().max_content_length
@@ -64,7 +64,7 @@ class UploadRequest(Request):
         raise AttributeError("the limit follows the settings")
 
     def _get_file_stream(self, *_facts: Any, **_more: Any) -> IO[bytes]:
-        """Where werkzeug writes a part of a form that is a file."""
+        """Open the file that werkzeug writes an uploaded part to."""
         self.settings.work_dir.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{WORK_PREFIX}upload-", dir=self.settings.work_dir))
         file = (folder / "upload.bin").open("wb+")
@@ -73,7 +73,7 @@ class UploadRequest(Request):
 
 
 def register(app: Flask) -> None:
-    """Serve the page and take uploads."""
+    """Serve the page and accept uploads."""
     app.extensions["playground"] = True
     app.register_blueprint(blueprint)
     app.teardown_request(_remove_uploads)
@@ -86,14 +86,14 @@ def _remove_uploads(_error: BaseException | None = None) -> None:
 
 
 def is_upload(given: Request) -> bool:
-    """Whether a request is a form that the playground may send."""
+    """Whether a request is a form of the page, and the page is served."""
     return given.mimetype == _FORM and bool(current_app.extensions.get("playground"))
 
 
 def uploaded_job(given: Request) -> Job:
-    """The job in a form: parts `source` and `audio` are files, `params` JSON, `musetalk_job_id` text.
+    """Parse the job in a form: parts `source` and `audio` are files, `params` JSON, `musetalk_job_id` text.
 
-    Raises RequestError that names the part at fault, RequestEntityTooLarge for a file beyond its limit.
+    Raises RequestError that names the wrong part, RequestEntityTooLarge for a file beyond its limit.
     """
     assert isinstance(given, UploadRequest)
     settings, form = given.settings, given.form
@@ -115,7 +115,7 @@ def uploaded_job(given: Request) -> Job:
 
 
 def _path_of(file: FileStorage, name: str, limit: int) -> Path:
-    """Where an uploaded file was written."""
+    """Path of an uploaded file."""
     stream: Any = file.stream
     stream.flush()
     path = Path(stream.name)
