@@ -27,6 +27,9 @@ from musetalk.manifest import (
     write_record,
 )
 
+# Ends as the finished file does: the name selects the reader that checks it.
+_PART_SUFFIX = ".part.safetensors"
+
 
 def convert(
     models_dir: Path,
@@ -108,8 +111,10 @@ def _write(state: Mapping[str, Tensor], target: Path, entry: WeightFile) -> None
             kind="disk",
         )
     try:
-        # The suffix selects the reader that checks the file.
-        with replacing(target, suffix=".part.safetensors") as part:
+        # A killed conversion leaves its part, up to gigabytes that nothing would ever use.
+        for leftover in target.parent.glob(f".*{_PART_SUFFIX}"):
+            leftover.unlink(missing_ok=True)
+        with replacing(target, suffix=_PART_SUFFIX) as part:
             save_file(dict(state), part, metadata={"format": "pt"})
             written = weights.read_state(part)
             if any(key not in written or not torch.equal(written[key], value) for key, value in state.items()):

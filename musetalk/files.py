@@ -126,9 +126,10 @@ class PartFile:
         """Delete the file."""
         self._path.unlink(missing_ok=True)
 
-    def commit(self, destination: Path) -> None:
-        """Give the file its final name, when all of it is on the disk."""
+    def commit(self, destination: Path, *, is_durable: bool = True) -> None:
+        """Close the file and rename it to `destination`; fsync it before if it `is_durable`."""
         with self.errors():
             self.close()
-            sync(self._path)
+            if is_durable:
+                sync(self._path)
             self._path.replace(destination)

@@ -31,7 +31,11 @@ ALLOWED: dict[str, set[str]] = {
     "worker/lifecycle": {"worker/job_control", "worker/readiness", "worker/telemetry"},
     "worker/net/addresses": {*BASE},
     "worker/net/connections": {"worker/net/addresses"},
-    "worker/net/downloads": {*BASE, "worker/net/addresses", "worker/net/connections", "worker/net/local_files"},
+    "worker/net/downloads": {
+        *BASE,
+        *(f"worker/net/{name}" for name in ("addresses", "connections", "headers", "local_files")),
+    },
+    "worker/net/headers": set(),
     "worker/net/local_files": {*BASE},
     "worker/web/openapi": {"worker/jobs"},
     "worker/web/playground": {*BASE, "worker/config", "worker/jobs", "worker/work_dir"},

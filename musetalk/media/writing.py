@@ -258,6 +258,7 @@ class VideoWriter:
                 container.close()
                 sync(self._part)
             info = self._check()
+            # Not `replacing`: pictures arrive call by call, and the finished part is checked before it gets its name.
             with encoder_errors():
                 os.replace(self._part, self._path)
         except BaseException:

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from musetalk.errors import CancelledError, DownloadError
-from worker.net import downloads
 from worker.net.addresses import Target, is_listed, parse_target, redact_url, refusal, resolve_host
 from worker.net.downloads import DownloadSettings, fetch
+from worker.net.headers import retry_after_s
 
 PUBLIC = "93.184.215.14"
 
@@ -349,12 +349,12 @@ def test_the_resolver_lists_each_address_once() -> None:
     [(None, 0), ("7", 7), ("99999", 30), ("-1", 0), ("soon", 0), ("Mon, 01 Jan 2001 00:00:00 GMT", 0), ("", 0)],
 )
 def test_retry_after_is_read_and_capped(value: str | None, seconds: float) -> None:
-    assert downloads._retry_after(value, 30.0) == seconds
+    assert retry_after_s(value, 30.0) == seconds
 
 
 def test_retry_after_reads_dates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1_000_000_000.0)
-    assert downloads._retry_after("Sun, 09 Sep 2001 01:46:50 GMT", 30.0) == 10.0
+    assert retry_after_s("Sun, 09 Sep 2001 01:46:50 GMT", 30.0) == 10.0
 
 
 # ---- file: addresses

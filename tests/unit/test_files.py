@@ -78,6 +78,42 @@ def test_the_permissions_are_set_before_the_file_gets_its_name(tmp_path: Path) -
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_the_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with replacing(tmp_path / "file") as part:
+        part.write_bytes(b"1")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_disk_without_space_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write_to_full_disk(part: Path) -> None:
+        part.symlink_to("/dev/full")
+        part.write_text("new")
+
+    with pytest.raises(OSError, match="No space left") as caught, replacing(path) as part:
+        write_to_full_disk(part)
+    assert is_disk_full(caught.value)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced = tmp_path / "file", list[bool]()
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: synced.append(path.exists()))
+    with replacing(path) as part:
+        part.write_bytes(b"1")
+    path.unlink()
+    for is_durable in (True, False):
+        with PartFile(part_path(path)) as growing:
+            growing.write(b"1")
+            growing.commit(path, is_durable=is_durable)
+        path.unlink()
+    assert synced == [False, False]
+
+
 def test_many_writers_of_one_file_leave_one_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
 

@@ -564,6 +564,14 @@ def test_a_disk_without_room_ends_a_conversion_in_one_sentence(
     assert (tmp_path / "models" / UNET).is_file()
 
 
+def test_what_a_killed_conversion_left_is_removed_by_the_next(official: Path, tmp_path: Path) -> None:
+    shutil.copytree(official, tmp_path / "models")
+    leftover = tmp_path / "models/musetalkV15/.0123456789abcdef.part.safetensors"
+    leftover.write_bytes(b"half")
+    convert(tmp_path / "models", "v15", manifest=manifest_of(official))
+    assert not leftover.exists()
+
+
 def test_missing_files_cannot_be_converted(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="model files are missing"):
         convert(tmp_path, "v15")

@@ -20,11 +20,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
-from urllib.parse import urljoin
 
 import requests
 import urllib3
@@ -40,6 +38,7 @@ from worker.net.connections import (
     is_unreachable,
     resolve_within,
 )
+from worker.net.headers import content_length, redirect_url, retry_after_s, version_validator
 from worker.net.local_files import copy_local
 
 logger = logging.getLogger("musetalk.downloads")
@@ -131,7 +130,8 @@ def fetch(
             if sha256 is not None and part.digest != sha256.lower():
                 raise DownloadError(f"the {kind} does not have the expected checksum", url=redact_url(url))
             watch.check()
-            part.commit(destination)
+            # A job's inputs are useless after a crash: fsync of hundreds of megabytes would only delay the job.
+            part.commit(destination, is_durable=False)
             return FetchedFile(part.n_bytes, part.digest, content_type, time.monotonic() - started)
     except _TimeUpError:
         text = f"the {kind} could not be fetched: it did not arrive within {settings.total_timeout_s:g} s"
@@ -336,7 +336,7 @@ class _Download:
                 location = response.headers.get("Location")
             if not location:
                 raise self._failed("a redirect without an address", status=response.status_code)
-            url = _joined(target.url, location)
+            url = redirect_url(target.url, location)
             if target.scheme == "https" and url[:5].lower() == "http:":
                 raise self._failed("a redirect leads from https to an unprotected address")
         raise self._failed(f"more than {self.settings.max_redirects} redirects")
@@ -397,7 +397,7 @@ class _Download:
         status, headers = response.status_code, response.headers
         if start and status in {200, 206, 412, 416}:
             if status == 206 and self._continues(headers, start):
-                length = _content_length(headers)
+                length = content_length(headers)
                 self.total = self.total if length is None else start + length
                 return self._expect(headers)
             self.validator = self.total = None
@@ -409,8 +409,8 @@ class _Download:
         codings = {coding.strip().lower() for coding in headers.get("Content-Encoding", "").split(",")}
         if codings & _COMPRESSED:
             raise self._failed("the media host sends it compressed, which was not asked for")
-        self.validator = _validator(headers)
-        self.total = _content_length(headers)
+        self.validator = version_validator(headers)
+        self.total = content_length(headers)
         return self._expect(headers)
 
     def _continues(self, headers: Mapping[str, str], start: int) -> bool:
@@ -420,19 +420,19 @@ class _Download:
             return False
         if self.total is not None and match[3] != "*" and int(match[3]) != self.total:
             return False
-        length = _content_length(headers)
+        length = content_length(headers)
         if length is not None and length != int(match[2]) - start + 1:
             return False
-        return _validator(headers) in {None, self.validator}
+        return version_validator(headers) in {None, self.validator}
 
     def _expect(self, headers: Mapping[str, str]) -> None:
-        length = _content_length(headers)
+        length = content_length(headers)
         if length is not None:
             self.part.expect(length)
 
     def _reject(self, status: int, headers: Mapping[str, str]) -> None:
         if status in _TRY_AGAIN or 500 <= status < 600:
-            pause = _retry_after(headers.get("Retry-After"), self.settings.max_pause_s)
+            pause = retry_after_s(headers.get("Retry-After"), self.settings.max_pause_s)
             raise _FaultError(f"{status} from media host", pause_s=pause, status=status)
         raise self._failed(f"{status} from media host", status=status)
 
@@ -459,42 +459,3 @@ class _Download:
         if status is not None:
             details["status_code"] = status
         return DownloadError(f"the {self.part.kind} could not be fetched: {why}", url=redact_url(self.url), **details)
-
-
-def _joined(base: str, location: str) -> str:
-    """Target of a redirect; header bytes arrive as Latin-1 although hosts write UTF-8."""
-    with contextlib.suppress(UnicodeError):
-        location = location.encode("latin-1").decode()
-    try:
-        return urljoin(base, location)
-    except ValueError:
-        return location
-
-
-def _content_length(headers: Mapping[str, str]) -> int | None:
-    """The declared body size; None when absent, unreadable or overruled by chunked transfer."""
-    text = headers.get("Content-Length", "").strip()
-    if "Transfer-Encoding" in headers or not re.fullmatch(r"\d{1,18}", text, re.ASCII):
-        return None
-    return int(text)
-
-
-def _validator(headers: Mapping[str, str]) -> str | None:
-    """Validator of this version of the file for If-Range: a strong ETag, else the date of the last change."""
-    etag = headers.get("ETag", "")
-    if re.fullmatch(r'"[\x21\x23-\x7e]*"', etag):
-        return etag
-    return headers.get("Last-Modified") or None
-
-
-def _retry_after(value: str | None, longest_s: float) -> float:
-    """Seconds the host asks us to wait (a number or a date), capped; 0 when it says nothing readable."""
-    if value is None:
-        return 0.0
-    if re.fullmatch(r"\d{1,9}", value.strip(), re.ASCII):
-        return min(float(value), longest_s)
-    try:
-        wait = parsedate_to_datetime(value).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return 0.0
-    return min(max(wait, 0.0), longest_s)

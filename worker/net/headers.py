@@ -1,0 +1,49 @@
+"""Response headers that a download depends on. Knows no connections."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from urllib.parse import urljoin
+
+
+def redirect_url(base: str, location: str) -> str:
+    """Target of a redirect; header bytes arrive as Latin-1 although hosts write UTF-8."""
+    with contextlib.suppress(UnicodeError):
+        location = location.encode("latin-1").decode()
+    try:
+        return urljoin(base, location)
+    except ValueError:
+        return location
+
+
+def content_length(headers: Mapping[str, str]) -> int | None:
+    """The declared body size; None when absent, unreadable or overruled by chunked transfer."""
+    text = headers.get("Content-Length", "").strip()
+    if "Transfer-Encoding" in headers or not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+        return None
+    return int(text)
+
+
+def version_validator(headers: Mapping[str, str]) -> str | None:
+    """Validator of this version of the file for If-Range: a strong ETag, else the date of the last change."""
+    etag = headers.get("ETag", "")
+    if re.fullmatch(r'"[\x21\x23-\x7e]*"', etag):
+        return etag
+    return headers.get("Last-Modified") or None
+
+
+def retry_after_s(value: str | None, longest_s: float) -> float:
+    """Seconds the host asks us to wait (a number or a date), capped; 0 when it says nothing readable."""
+    if value is None:
+        return 0.0
+    if re.fullmatch(r"\d{1,9}", value.strip(), re.ASCII):
+        return min(float(value), longest_s)
+    try:
+        wait = parsedate_to_datetime(value).timestamp() - time.time()
+    except (TypeError, ValueError):
+        return 0.0
+    return min(max(wait, 0.0), longest_s)
