@@ -230,7 +230,7 @@ def test_sigterm_hands_a_job_back_that_does_not_end_in_time(start: StartServer, 
     (report,) = orchestrator.of("status")
     if report.body["status"] == "failed":
         assert report.body["retryable"] is True
-        assert "shutting down" in report.body["error"]
+        assert "shut down" in report.body["error"]
     assert [path.name for path in (server.folder / "work").glob("job-*")] == []
 
 

@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 120
 
 
-def wait_until(condition: Callable[[], object], limit_s: float = 60) -> None:
-    """Look again and again until the condition holds; fails after `limit_s`."""
+def wait_until(condition: Callable[[], object], limit_s: float = 120) -> None:
+    """Poll until the condition is true; fails after `limit_s`."""
     ends = time.monotonic() + limit_s
     while not condition():
-        assert time.monotonic() < ends, "in vain"
+        assert time.monotonic() < ends, f"not true within {limit_s:g} s"
         time.sleep(0.02)
 
 
@@ -84,7 +84,7 @@ class Server:
         )
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        answer = requests.get(f"{self.url}/hc", timeout=10)
+        answer = requests.get(f"{self.url}/hc", timeout=30)
         return answer.status_code, answer.json()
 
     def wait_for(self, state: int) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Server:
         """Take a command back."""
         (self.faults / name).unlink(missing_ok=True)
 
-    def wait_held(self, stage: str, limit_s: float = 60) -> None:
+    def wait_held(self, stage: str, limit_s: float = 120) -> None:
         """Wait until a job waits at the stage that was commanded."""
         wait_until((self.faults / f"held-{stage}").exists, limit_s)
 
