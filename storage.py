@@ -1,4 +1,4 @@
-"""Storage of finished files: a bucket (`worker.backblaze`) or the local folder. Knows no downloads, no jobs."""
+"""Storage of finished files in a bucket (`worker.backblaze`) or in the local folder. Knows no downloads, no jobs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ logger = logging.getLogger("musetalk.storage")
 
 @dataclass(frozen=True)
 class LocalStoreSettings:
-    """The folder for finished files, and the address the worker is reached by (it serves them at `/outputs/`)."""
+    """Folder of finished files, and the worker's own address, which serves them at `/outputs/`."""
 
     folder: Path
     public_base_url: str
 
 
 def open_store(settings: Settings) -> Store:
-    """The bucket when the settings name one, else the local folder. Raises SettingsError for a prefix too long."""
+    """Return the bucket if the settings name one, else the local folder. Raises SettingsError for a prefix too long."""
     if not settings.uses_b2:
         return LocalStore(LocalStoreSettings(settings.output_dir, settings.public_base_url))
-    from worker.backblaze import B2Settings, B2Store  # b2sdk is loaded only where it is used
+    from worker.backblaze import B2Settings, B2Store  # without a bucket b2sdk is not loaded
 
     return B2Store(
         B2Settings(
@@ -43,14 +43,14 @@ def open_store(settings: Settings) -> Store:
 
 
 class LocalStore:
-    """A folder that the worker serves at `{public_base_url}/outputs/<name>`; files appear whole or not at all."""
+    """Folder that the worker serves at `{public_base_url}/outputs/<name>`; files appear whole or not at all."""
 
     def __init__(self, settings: LocalStoreSettings) -> None:
         self.folder = settings.folder
         self.public_base_url = settings.public_base_url.rstrip("/")
 
     def check(self) -> None:
-        """Nothing: the folder is looked at with the others when the worker starts."""
+        """Do nothing: the worker checks all its folders at startup."""
 
     def upload(
         self,
@@ -75,5 +75,5 @@ class LocalStore:
             with disk_errors(), replacing(sidecar_path) as temporary:
                 temporary.write_bytes(sidecar_bytes(sidecar, stored))
         except (ProcessingError, TypeError, ValueError) as problem:
-            logger.warning("the sidecar was not stored: %s", problem)
+            logger.warning("sidecar not stored", extra={"reason": str(problem)})
         return stored

@@ -367,7 +367,7 @@ class _WeightsPart(PartFile):
         self._name, self._n_total = name, n_total
 
     def __enter__(self) -> _WeightsPart:
-        with self.errors():
+        with self.disk_errors():
             for other in self._path.parent.glob(f".{Path(self._name).name}.*.part"):
                 if other != self._path:
                     other.unlink()
@@ -376,12 +376,12 @@ class _WeightsPart(PartFile):
 
     def git_sha1(self) -> str:
         """The checksum by which git knows a file; the hub keeps small files in git."""
-        with self.errors():
+        with self.disk_errors():
             content = self._path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
     @contextlib.contextmanager
-    def errors(self) -> Iterator[None]:
+    def disk_errors(self) -> Iterator[None]:
         """Turn errors of the disk into WeightsError that names the file."""
         try:
             yield

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, a file that grows while it is received, and the errors of a full disk.
+"""Files that appear whole or not at all, the growing file of a download, and the errors of a full disk.
 
 Knows no formats, no network and no settings.
 """
@@ -27,7 +27,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def part_path(path: Path, suffix: str = ".part") -> Path:
-    """A new temporary name beside `path`: hidden, and not longer when the name of `path` is long."""
+    """Return a new temporary name beside `path`: hidden, random, and short, however long the name of `path` is."""
     return path.with_name(f".{secrets.token_hex(8)}{suffix}")
 
 
@@ -60,10 +60,10 @@ def replacing(path: Path, *, suffix: str = ".part", mode: int | None = None) -> 
 
 
 class PartFile:
-    """A file that grows while it is received, with its SHA-256; an existing one is read and continued.
+    """Growing file of a download, with its SHA-256; an existing file is hashed and continued.
 
-    `errors` is the context of every access to the disk: subclasses translate OSError there. The file stays when the
-    block ends, so that a later one resumes it; `remove` or `commit` end it.
+    Every access to the disk happens inside `disk_errors`, where subclasses translate OSError. The file stays after the
+    block, so that a later download can resume it; `remove` deletes it and `commit` names it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,12 +72,12 @@ class PartFile:
         self._file: BinaryIO | None = None
         self.n_bytes = 0
 
-    def errors(self) -> contextlib.AbstractContextManager[None]:
-        """The context of every access to the disk; OSError passes unless a subclass translates it."""
+    def disk_errors(self) -> contextlib.AbstractContextManager[None]:
+        """Context of every access to the disk; OSError passes unless a subclass translates it."""
         return contextlib.nullcontext()
 
     def __enter__(self) -> PartFile:
-        with self.errors():
+        with self.disk_errors():
             self._path.touch()
             # Unbuffered: after a kill the file has every byte that was received.
             self._file = self._path.open("r+b", buffering=0)
@@ -89,7 +89,7 @@ class PartFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A failed write has been reported already.
+        # `write` has raised already if the disk failed.
         with contextlib.suppress(OSError):
             self.close()
 
@@ -102,16 +102,16 @@ class PartFile:
         """Append the next bytes."""
         assert self._file is not None
         rest = memoryview(block)
-        with self.errors():
+        with self.disk_errors():
             while rest:
                 rest = rest[self._file.write(rest) :]
         self._hash.update(block)
         self.n_bytes += len(block)
 
     def restart(self) -> None:
-        """Drop what was received."""
+        """Drop the received bytes."""
         assert self._file is not None
-        with self.errors():
+        with self.disk_errors():
             self._file.seek(0)
             self._file.truncate()
         self._hash, self.n_bytes = hashlib.sha256(), 0
@@ -127,8 +127,8 @@ class PartFile:
         self._path.unlink(missing_ok=True)
 
     def commit(self, destination: Path, *, is_durable: bool = True) -> None:
-        """Close the file and rename it to `destination`; fsync it before if it `is_durable`."""
-        with self.errors():
+        """Close the file and rename it to `destination`; `is_durable` adds an fsync before the rename."""
+        with self.disk_errors():
             self.close()
             if is_durable:
                 sync(self._path)

@@ -1,4 +1,4 @@
-"""Parts that every store shares: the stored object, the names of objects, the sidecar's bytes, the limit of one upload.
+"""Parts that all stores share: the stored object, object names, the sidecar's bytes, the limit of one upload.
 
 Knows neither the bucket nor the local folder, no downloads, no jobs.
 """
@@ -22,8 +22,10 @@ from musetalk.files import is_disk_full
 
 _BLOCK_BYTES = 2**20
 _POLL_S = 0.05
+# b2sdk refuses longer names.
 _MAX_NAME_BYTES = 1000
-_MAX_STEM = 200
+# With the hash and the suffix a stem stays below 250 bytes, the most that B2 accepts between two slashes.
+_MAX_STEM_CHARS = 200
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ class Store(Protocol):
     """Destination of finished files."""
 
     def check(self) -> None:
-        """Check before the first job that uploads can work; lesser problems are only logged.
+        """Check before the first job that uploads can work.
 
-        Raises SettingsError when the store refuses what this worker was given (key, bucket, rights). One that cannot be
-        reached now may be there when the first video is finished.
+        Raises SettingsError if the store refuses the configured key, bucket or rights. Other problems are only logged:
+        a store that is unreachable now may be back when the first video is finished.
         """
 
     def upload(
@@ -58,39 +60,39 @@ class Store(Protocol):
     ) -> StoredObject:
         """Store the MP4 at `path` and its sidecar; a repeated job id replaces what was stored before.
 
-        The sidecar is stored with `b2_bucket`, `b2_file_name`, `size_bytes` and `sha1` filled in; when it cannot be
-        stored that is logged and the upload still counts. Raises StorageError, DeadlineError after `deadline_s`
-        seconds, CancelledError once `should_stop()` is true, DiskFullError.
+        The sidecar gets `b2_bucket`, `b2_file_name`, `size_bytes` and `sha1`; if it cannot be stored, the store logs
+        that and the upload still succeeds. Raises StorageError, DeadlineError after `deadline_s` seconds,
+        CancelledError once `should_stop()` is true, DiskFullError.
         """
 
 
 def object_name(prefix: str, job_id: str | None, suffix: str = ".mp4") -> str:
     """Return the object's name for a job, `{prefix}/{job id}.mp4`, or `manual-{uuid4}` without an id.
 
-    See docs/protocol.md#stored-objects.
-
-    Letters, digits, `-`, `_` and inner dots stay; every other byte becomes `~XX`, and a long id is cut and gets a hash,
-    so that any two ids have two names and each name is safe in a URL, a bucket and a folder. Raises SettingsError when
-    the prefix leaves no room.
+    Letters, digits, `-`, `_` and inner dots stay; every other byte becomes `~XX`. A long id is cut and gets a hash. So
+    different ids have different names, and each name is safe in a URL, a bucket and a folder. Specified in
+    docs/protocol.md#stored-objects. Raises SettingsError if the prefix leaves no room.
     """
     stem = _escape(job_id) if job_id else f"manual-{uuid.uuid4()}"
-    if len(stem) > _MAX_STEM:
+    if len(stem) > _MAX_STEM_CHARS:
         digest = hashlib.sha256(str(job_id).encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        stem = f"{stem[:_MAX_STEM]}~~{digest}"
+        # No escaped id contains `~~`, so a cut one cannot equal a short one.
+        stem = f"{stem[:_MAX_STEM_CHARS]}~~{digest}"
     parts = [_escape(part) for part in prefix.split("/") if part]
     name = "/".join([*parts, stem + suffix])
     if len(name) > _MAX_NAME_BYTES or any(len(part) > 250 for part in parts):
-        raise SettingsError("the prefix of object names is too long")
+        raise SettingsError(f"the prefix of object names is too long ({len(prefix)} characters)")
     return name
 
 
 def _escape(text: str) -> str:
+    # "surrogatepass": a JSON string may contain half of a surrogate pair, which UTF-8 cannot encode.
     escaped = re.sub(rb"[^A-Za-z0-9._-]", lambda match: b"~%02X" % match[0][0], text.encode("utf-8", "surrogatepass"))
     return re.sub(r"^\.", "~2E", escaped.decode("ascii"))
 
 
 def sidecar_bytes(sidecar: Mapping[str, object], stored: StoredObject) -> bytes:
-    """The sidecar as JSON, with what only the store knows filled in."""
+    """Return the sidecar as JSON, with the fields that only the store knows."""
     body = {
         **sidecar,
         "b2_bucket": stored.bucket,
@@ -102,7 +104,7 @@ def sidecar_bytes(sidecar: Mapping[str, object], stored: StoredObject) -> bytes:
 
 
 class TimeLimit:
-    """The deadline of one upload, and whether its job is to stop."""
+    """Deadline of one upload, and whether its job is to stop."""
 
     def __init__(self, seconds: float, should_stop: Callable[[], bool]) -> None:
         self._seconds = seconds
@@ -110,20 +112,20 @@ class TimeLimit:
         self._should_stop = should_stop
         self.last_fault = ""
 
-    def left(self) -> float:
+    def remaining_s(self) -> float:
         """Seconds until the deadline."""
         return self._until - time.monotonic()
 
     def check(self) -> None:
-        """Raise CancelledError or DeadlineError when it is time to end."""
+        """Raise CancelledError if the job is to stop, DeadlineError if the time is up."""
         if self._should_stop():
             raise CancelledError("the job was stopped during the upload")
-        if self.left() <= 0:
+        if self.remaining_s() <= 0:
             text = f"the upload did not finish within {self._seconds:g} s"
             raise DeadlineError(text + (f": {self.last_fault}" if self.last_fault else ""), limit_s=self._seconds)
 
     def pause(self, seconds: float) -> None:
-        """Wait, but not beyond the deadline or a stop."""
+        """Wait; raises as `check` as soon as the upload has to end."""
         until = time.monotonic() + seconds
         while (rest := until - time.monotonic()) > 0:
             self.check()
@@ -132,7 +134,7 @@ class TimeLimit:
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn what the local disk says into our errors, without its paths."""
+    """Translate OSError into DiskFullError or StorageError; their texts contain no path."""
     try:
         yield
     except OSError as problem:
@@ -143,7 +145,10 @@ def disk_errors() -> Iterator[None]:
 
 
 def sha1_of(path: Path, limit: TimeLimit, copy: Callable[[bytes], object] = len) -> tuple[str, int]:
-    """SHA-1 (hex) and size of a file, read in blocks that are also handed to `copy`."""
+    """Return SHA-1 (hex) and bytes of a file; each block read is also passed to `copy`.
+
+    Raises ProcessingError for an empty file, StorageError, DiskFullError, and as `TimeLimit.check`.
+    """
     digest, n_bytes = hashlib.sha1(usedforsecurity=False), 0
     with disk_errors(), path.open("rb") as source:
         while block := source.read(_BLOCK_BYTES):

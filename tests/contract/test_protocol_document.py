@@ -106,7 +106,7 @@ def test_every_json_block_is_a_marked_example() -> None:
 
 
 NOT_FOUND = DownloadError("the video could not be fetched: 404 from media host", url="u", status_code=404)
-NO_BUCKET = ProcessingError("B2 did not take the file: there is no such bucket")
+NO_BUCKET = ProcessingError("B2 did not store the file: the bucket does not exist")
 
 
 @pytest.mark.parametrize(

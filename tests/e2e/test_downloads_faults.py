@@ -1,4 +1,4 @@
-"""Real downloads from a loopback host that cuts, stalls, drips, lies about sizes and redirects."""
+"""Real downloads from a loopback host that cuts, stalls, drips, announces wrong sizes and redirects."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def limits(**changes: Any) -> DownloadSettings:
 
 
 def get(url: str, folder: Path, settings: DownloadSettings = SETTINGS, **options: Any) -> bytes:
-    """Fetch and read; the reported figures must be those of the file, and nothing else may lie beside it."""
+    """Fetch and read the file; the reported size and checksum must be right, and no other file may be there."""
     target = folder / "source"
     fetched = fetch(url, target, settings, kind="video", **options)
     content = target.read_bytes()
@@ -57,14 +57,14 @@ def fail(
     error: type[Exception] = DownloadError,
     **options: Any,
 ) -> Any:
-    """Fetch, expect the failure, and nothing left behind."""
+    """Expect that fetching fails and leaves no file."""
     with pytest.raises(error) as caught:
         fetch(url, folder / "source", settings, kind="video", **options)
     assert list(folder.iterdir()) == []
     return caught.value
 
 
-def test_a_plain_file_arrives_with_its_type_and_sums(host: MediaHost, tmp_path: Path) -> None:
+def test_a_plain_file_arrives_with_its_type_and_checksum(host: MediaHost, tmp_path: Path) -> None:
     url = host.serve("/clip.mp4", Answer(body=BODY, headers=ETAG))
     fetched = fetch(url, tmp_path / "clip", SETTINGS, kind="video", sha256=hashlib.sha256(BODY).hexdigest().upper())
     assert (tmp_path / "clip").read_bytes() == BODY
@@ -75,7 +75,7 @@ def test_a_plain_file_arrives_with_its_type_and_sums(host: MediaHost, tmp_path: 
 
 
 @pytest.mark.parametrize("answer", [Answer(body=BODY, chunked=True), Answer(body=BODY, length="none")])
-def test_a_body_without_length_is_taken_to_its_end(host: MediaHost, tmp_path: Path, answer: Answer) -> None:
+def test_a_body_without_length_is_read_to_its_end(host: MediaHost, tmp_path: Path, answer: Answer) -> None:
     assert get(host.serve("/x", answer), tmp_path) == BODY
 
 
@@ -88,7 +88,7 @@ def test_an_older_file_at_the_destination_is_replaced_only_by_a_whole_one(host: 
     assert get(url, tmp_path) == BODY
 
 
-def test_a_cut_download_goes_on_where_it_stopped(host: MediaHost, tmp_path: Path) -> None:
+def test_a_cut_download_resumes_where_it_stopped(host: MediaHost, tmp_path: Path) -> None:
     answer = Answer(body=BODY, headers=ETAG, ranges=True)
     cut = Answer(body=BODY, headers=ETAG, length=len(BODY))
     url = host.serve("/x", _cut_orderly(cut, 200_000), answer)
@@ -100,7 +100,7 @@ def test_a_cut_download_goes_on_where_it_stopped(host: MediaHost, tmp_path: Path
 
 
 def _cut_orderly(answer: Answer, n_bytes: int) -> Answer:
-    """The same answer with a body that ends early although the length says more."""
+    """The same answer with a body that ends early, and with the length of the whole."""
     return Answer(**{**answer.__dict__, "body": answer.body[:n_bytes], "length": len(answer.body)})
 
 
@@ -129,7 +129,7 @@ def test_a_wrong_content_range_is_not_appended(host: MediaHost, tmp_path: Path, 
     assert "Range" not in host.seen[2].headers
 
 
-def test_without_a_validator_no_part_is_trusted(host: MediaHost, tmp_path: Path) -> None:
+def test_without_a_validator_the_part_is_not_resumed(host: MediaHost, tmp_path: Path) -> None:
     url = host.serve("/x", _cut_orderly(Answer(body=BODY), 200_000), Answer(body=BODY))
     assert get(url, tmp_path) == BODY
     assert "Range" not in host.seen[1].headers
@@ -148,13 +148,15 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_two_passing_faults_are_survived(host: MediaHost, tmp_path: Path, fault: Answer) -> None:
+def test_two_transient_faults_are_retried(host: MediaHost, tmp_path: Path, fault: Answer) -> None:
     assert get(host.serve("/x", fault, fault, Answer(body=BODY)), tmp_path) == BODY
     assert len(host.seen) == 3
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_a_lasting_fault_ends_after_three_tries_as_transient(host: MediaHost, tmp_path: Path, fault: Answer) -> None:
+def test_a_lasting_fault_fails_as_transient_after_three_attempts(
+    host: MediaHost, tmp_path: Path, fault: Answer
+) -> None:
     error = fail(host.serve("/x", fault), tmp_path)
     assert len(host.seen) == 3
     assert error.retryable is False
@@ -171,7 +173,7 @@ def test_a_dead_port_is_dialled_three_times(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 416, 418, 451])
-def test_a_final_status_is_not_asked_again(host: MediaHost, tmp_path: Path, status: int) -> None:
+def test_a_final_status_is_not_retried(host: MediaHost, tmp_path: Path, status: int) -> None:
     error = fail(host.serve("/x", Answer(status=status)), tmp_path)
     assert len(host.seen) == 1
     assert error.details["status_code"] == status
@@ -180,7 +182,7 @@ def test_a_final_status_is_not_asked_again(host: MediaHost, tmp_path: Path, stat
 
 
 @pytest.mark.parametrize("answer", [Answer(status=204), Answer(status=206, body=BODY), Answer(status=304)])
-def test_a_success_that_is_no_file_fails(host: MediaHost, tmp_path: Path, answer: Answer) -> None:
+def test_a_success_status_without_the_file_fails(host: MediaHost, tmp_path: Path, answer: Answer) -> None:
     fail(host.serve("/x", answer), tmp_path)
 
 
@@ -232,7 +234,7 @@ def test_the_total_limit_holds_against_a_slow_host(host: MediaHost, tmp_path: Pa
     assert "within 0.6 s" in str(error)
 
 
-def test_silence_is_a_fault_and_the_next_try_helps(host: MediaHost, tmp_path: Path) -> None:
+def test_a_silent_connection_is_retried(host: MediaHost, tmp_path: Path) -> None:
     url = host.serve("/x", Answer(body=BODY, stall_after=1000), Answer(silent=True), Answer(body=BODY))
     assert get(url, tmp_path, limits(idle_timeout_s=0.3)) == BODY
 
@@ -242,7 +244,7 @@ def test_silence_is_a_fault_and_the_next_try_helps(host: MediaHost, tmp_path: Pa
     [Answer(body=BODY, stall_after=1000), Answer(silent=True), Answer(endless=True), Answer(status=503)],
     ids=["stall", "silent", "endless", "pause"],
 )
-def test_a_stop_ends_the_download_at_once(host: MediaHost, tmp_path: Path, answer: Answer) -> None:
+def test_cancelling_ends_the_download_at_once(host: MediaHost, tmp_path: Path, answer: Answer) -> None:
     stopping = threading.Event()
     url = host.serve("/x", answer)
 
@@ -258,12 +260,12 @@ def test_a_stop_ends_the_download_at_once(host: MediaHost, tmp_path: Path, answe
     assert time.monotonic() - started < 4
 
 
-def test_a_stop_before_the_start_dials_nothing(host: MediaHost, tmp_path: Path) -> None:
+def test_cancelling_before_the_start_makes_no_connection(host: MediaHost, tmp_path: Path) -> None:
     fail(host.serve("/x", Answer(body=BODY)), tmp_path, error=CancelledError, should_stop=lambda: True)
     assert host.n_connections == 0
 
 
-def test_retry_after_is_waited_for_but_not_for_ever(host: MediaHost, tmp_path: Path) -> None:
+def test_retry_after_is_obeyed_up_to_a_limit(host: MediaHost, tmp_path: Path) -> None:
     url = host.serve("/x", Answer(status=503, headers={"Retry-After": "86400"}), Answer(body=BODY))
     started = time.monotonic()
     assert get(url, tmp_path, limits(max_pause_s=0.3)) == BODY
@@ -320,7 +322,7 @@ def dialled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return reached
 
 
-def test_the_name_is_looked_up_once_and_the_judged_address_dialled(
+def test_the_name_is_resolved_once_and_the_checked_address_dialled(
     host: MediaHost, tmp_path: Path, dialled: list[Any]
 ) -> None:
     host.serve("/x", Answer(body=BODY))
@@ -330,7 +332,7 @@ def test_the_name_is_looked_up_once_and_the_judged_address_dialled(
     assert host.seen[0].headers["Host"] == f"media.example:{host.port}"
 
 
-def test_a_dead_address_of_a_name_is_passed_over(host: MediaHost, tmp_path: Path) -> None:
+def test_a_dead_address_of_a_name_is_skipped(host: MediaHost, tmp_path: Path) -> None:
     host.serve("/x", Answer(body=BODY))
     resolve = lambda name, port: ["127.0.0.2", "127.0.0.1"]  # noqa: E731
     assert get(host.url("/x", "media.example"), tmp_path, resolve=resolve) == BODY
@@ -354,7 +356,7 @@ def test_proxies_of_the_environment_are_not_used(
     assert dialled == [("127.0.0.1", host.port)]
 
 
-def test_a_name_that_does_not_resolve_is_a_passing_fault(tmp_path: Path) -> None:
+def test_a_name_that_does_not_resolve_is_a_transient_fault(tmp_path: Path) -> None:
     calls: list[str] = []
 
     def resolve(name: str, port: int) -> list[str]:
@@ -390,7 +392,9 @@ def test_signatures_reach_the_host_but_no_log_and_no_error(
     error = fail(host.url("/token-in-path/x.mp4?Signature=s3cret&Key=k3y"), tmp_path)
     assert len(host.seen) == 3
     assert host.seen[0].path.endswith("?Signature=s3cret&Key=k3y")
-    for text in (caplog.text, str(error), repr(error.details)):
+    logged = caplog.text + "".join(str(vars(record)) for record in caplog.records)
+    assert logged.count("download attempt failed") >= 3
+    for text in (logged, str(error), repr(error.details)):
         assert "s3cret" not in text
         assert "k3y" not in text
         assert "token-in-path" not in text
@@ -403,7 +407,7 @@ def test_compressed_bodies_are_refused_and_unknown_codings_ignored(host: MediaHo
     assert get(host.serve("/y", Answer(body=BODY, headers={"Content-Encoding": "aws-chunked"})), tmp_path) == BODY
 
 
-def test_a_wrong_checksum_is_tried_again(host: MediaHost, tmp_path: Path) -> None:
+def test_a_wrong_checksum_is_retried(host: MediaHost, tmp_path: Path) -> None:
     right = hashlib.sha256(BODY).hexdigest()
     url = host.serve("/x", Answer(body=BODY[::-1], headers=ETAG, ranges=True), Answer(body=BODY))
     assert get(url, tmp_path, sha256=right) == BODY
@@ -411,7 +415,7 @@ def test_a_wrong_checksum_is_tried_again(host: MediaHost, tmp_path: Path) -> Non
     assert "checksum" in str(fail(host.serve("/y", Answer(body=BODY[:5])), tmp_path, sha256=right))
 
 
-def test_a_full_disk_is_reported_before_and_while_writing(
+def test_a_full_disk_is_reported_before_writing(
     host: MediaHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage(NamedTuple):
@@ -449,7 +453,7 @@ def test_a_disk_that_fills_up_leaves_nothing(host: MediaHost, tmp_path: Path, mo
     assert str(tmp_path) not in str(error)
 
 
-def test_a_missing_folder_is_our_fault_and_its_path_is_not_shown(host: MediaHost, tmp_path: Path) -> None:
+def test_a_missing_folder_is_the_workers_error_and_its_path_is_not_shown(host: MediaHost, tmp_path: Path) -> None:
     with pytest.raises(ProcessingError) as caught:
         fetch(host.serve("/x", Answer(body=BODY)), tmp_path / "no" / "x", SETTINGS, kind="video")
     assert str(tmp_path) not in str(caught.value)
@@ -473,7 +477,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(pem), str(key)
 
 
-def test_tls_proves_the_name_although_an_address_is_dialled(certificate: tuple[str, str], tmp_path: Path) -> None:
+def test_the_certificate_must_match_the_name_although_an_address_is_dialled(
+    certificate: tuple[str, str], tmp_path: Path
+) -> None:
     settings = limits(ca_bundle=Path(certificate[0]))
     local = lambda name, port: ["127.0.0.1"]  # noqa: E731
     with MediaHost(certificate) as secure:
@@ -488,7 +494,9 @@ def test_tls_proves_the_name_although_an_address_is_dialled(certificate: tuple[s
         assert len(secure.seen) == 1
 
 
-def test_https_is_not_left_for_http(certificate: tuple[str, str], host: MediaHost, tmp_path: Path) -> None:
+def test_a_redirect_from_https_to_http_is_refused(
+    certificate: tuple[str, str], host: MediaHost, tmp_path: Path
+) -> None:
     with MediaHost(certificate) as secure:
         secure.serve("/x", Answer(status=301, headers={"Location": host.serve("/y", Answer(body=BODY))}))
         settings = limits(ca_bundle=Path(certificate[0]))

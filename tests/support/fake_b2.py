@@ -1,7 +1,7 @@
-"""A Backblaze B2 on loopback: the native API (v4) as far as uploading needs it, spoken to by the real b2sdk.
+"""A Backblaze B2 on loopback for the real b2sdk: the native API (v4), as far as uploads need it.
 
-It checks what B2 checks (tokens, SHA-1, names, parts) and keeps what was uploaded. Faults are switched on for a call by
-its name: `b2_authorize_account`, `b2_get_upload_url`, ..., and `upload`, `upload_part`, `download` for the data.
+It checks tokens, SHA-1, names and parts as B2 does, and keeps the uploads. Faults are injected by the name of the call:
+`b2_authorize_account`, `b2_get_upload_url`, ..., and `upload`, `upload_part`, `download` for the data.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CAPABILITIES = ("listBuckets", "listFiles", "readFiles", "shareFiles", "writeFil
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one call.
+    """Fault of one call.
 
     `status` answers with an error; `cut` resets the connection in mid-body; `deaf` does not read the body; `silent`
     reads and never answers; `drip` sends header lines for ever; `lie` reports another SHA-1; `garbage` is no JSON.
-    `lost` does the work and then resets the connection instead of answering.
+    `lost` stores the upload and then resets the connection instead of answering.
     """
 
     status: int = 0
@@ -60,7 +60,7 @@ class Stored:
 
 @dataclass
 class Unfinished:
-    """A large file under way: its parts by number."""
+    """An unfinished large file: its parts by number."""
 
     name: str
     content_type: str
@@ -69,7 +69,7 @@ class Unfinished:
 
 
 class RefusalError(Exception):
-    """An error answer."""
+    """The call is answered with an error."""
 
     def __init__(self, status: int, code: str, message: str = "") -> None:
         super().__init__(code)
@@ -77,7 +77,7 @@ class RefusalError(Exception):
 
 
 class FakeB2:
-    """The account with one bucket; use as a context manager. `realm` goes into the settings."""
+    """An account with one bucket; use it as a context manager. `realm` goes into the settings."""
 
     def __init__(
         self,
@@ -143,12 +143,12 @@ class FakeB2:
         self._server.stop()
 
     def inject(self, call: str, *faults: Fault, times: int = 1) -> None:
-        """Let the next calls of this name go wrong in this way."""
+        """Let the next calls of this name fail, one fault each; the sequence is repeated `times` times."""
         with self._lock:
             self._faults.setdefault(call, []).extend(list(faults) * times)
 
     def take_fault(self, call: str) -> Fault:
-        """The fault for a call that has just come in; it is also counted."""
+        """Count a call that has arrived and return its fault."""
         with self._lock:
             self.calls.append(call)
             waiting = self._faults.get(call)
@@ -157,19 +157,19 @@ class FakeB2:
         return fault
 
     def count(self, call: str) -> int:
-        """How often a call came in."""
+        """Return the number of calls of this name."""
         return self.calls.count(call)
 
     def newest(self, name: str) -> Stored:
-        """What the object's address serves."""
+        """Return the version that the object's address serves."""
         return self.versions[name][-1]
 
     def expire_account_tokens(self) -> None:
-        """What happens after 24 hours."""
+        """Expire the authorizations, as B2 does after 24 hours."""
         self._account_tokens.clear()
 
     def expire_upload_tokens(self) -> None:
-        """What happens when an upload URL grew old."""
+        """Expire the upload URLs, as B2 does after a while."""
         self._upload_tokens.clear()
 
     # ---- the calls; each returns the JSON answer or raises RefusalError
@@ -201,14 +201,14 @@ class FakeB2:
             "applicationKeyExpirationTimestamp": None,
         }
 
-    def need(self, capability: str, name: str | None = None) -> None:
-        """Refuse what the key may not do, or not to this name; buckets have no names in this sense."""
+    def require(self, capability: str, name: str | None = None) -> None:
+        """Refuse a capability that the key lacks, or a name outside its prefix."""
         is_outside = name is not None and not name.startswith(self.name_prefix or "")
         if capability not in self.capabilities or is_outside:
             raise RefusalError(401, "unauthorized", "not entitled")
 
     def b2_list_buckets(self, _: str, body: dict[str, Any]) -> dict[str, Any]:
-        self.need("listBuckets")
+        self.require("listBuckets")
         wanted = body.get("bucketName")
         bucket = {
             "accountId": ACCOUNT,
@@ -227,7 +227,7 @@ class FakeB2:
         return {"buckets": [bucket] if wanted in {None, self.bucket} else []}
 
     def b2_get_upload_url(self, _: str, body: dict[str, Any]) -> dict[str, Any]:
-        self.need("writeFiles", self.name_prefix or "")
+        self.require("writeFiles", self.name_prefix or "")
         if body["bucketId"] != BUCKET_ID:
             raise RefusalError(400, "bad_bucket_id")
         token = self.token("up", self._upload_tokens)
@@ -238,7 +238,7 @@ class FakeB2:
         }
 
     def b2_start_large_file(self, _: str, body: dict[str, Any]) -> dict[str, Any]:
-        self.need("writeFiles", body["fileName"])
+        self.require("writeFiles", body["fileName"])
         with self._lock:
             self._n_issued += 1
             file_id = f"4_z{BUCKET_ID}_large{self._n_issued}"
@@ -271,7 +271,7 @@ class FakeB2:
         return {"fileId": body["fileId"], "uploadUrl": url, "authorizationToken": token}
 
     def b2_list_unfinished_large_files(self, _: str, body: dict[str, Any]) -> dict[str, Any]:
-        self.need("listFiles")
+        self.require("listFiles")
         prefix = body.get("namePrefix") or ""
         files = [
             self.large_file(file_id) for file_id, large in self.unfinished.items() if large.name.startswith(prefix)
@@ -301,7 +301,7 @@ class FakeB2:
         return self.store(large.name, b"".join(parts), large.content_type, "none", large.info)
 
     def b2_get_download_authorization(self, _: str, body: dict[str, Any]) -> dict[str, Any]:
-        self.need("shareFiles", body["fileNamePrefix"])
+        self.require("shareFiles", body["fileNamePrefix"])
         self.lifetimes.append(body["validDurationInSeconds"])
         token = self.token("dl", set()) + "/+"
         self._download_tokens[token] = body["fileNamePrefix"]
@@ -408,7 +408,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.b2.check_upload(header)
         body, sha1 = self._checked(body)
         name = unquote(self.headers["X-Bz-File-Name"])
-        self.b2.need("writeFiles", name)
+        self.b2.require("writeFiles", name)
         info = {
             key[len("x-bz-info-") :]: unquote(value)
             for key, value in self.headers.items()

@@ -1,4 +1,4 @@
-"""A media host on loopback that can do everything wrong a real one does, on request.
+"""A media host on loopback that shows the faults of real ones on request.
 
 Each path has a list of answers, used one after another; the last one stays. The host counts connections and keeps the
 requests, so a test can check what was dialled and what was sent.
@@ -24,8 +24,8 @@ from tests.support.loopback import LoopbackServer
 class Answer:
     """One answer. `length` is the declared size ("right", "none" or a number); the rest are faults.
 
-    `cut_after` resets the connection after so many body bytes; `stall_after` goes silent there until the host closes;
-    `wrong_range` and `wrong_total` lie in the Content-Range of a 206; `drip_s` sends single bytes with that pause;
+    `cut_after` resets the connection after that many body bytes; `stall_after` goes silent there until the host closes;
+    `wrong_range` and `wrong_total` falsify the Content-Range of a 206; `drip_s` sends single bytes with that pause;
     `chunked` and `endless` send without a length.
     """
 
@@ -54,7 +54,7 @@ class Seen:
 
 
 class MediaHost:
-    """The host; use as a context manager. `url(path)` names it by its loopback address."""
+    """The host; use it as a context manager. `url(path)` has its loopback address."""
 
     def __init__(self, certificate: tuple[str, str] | None = None) -> None:
         self.answers: dict[str, list[Answer]] = {}
@@ -108,11 +108,11 @@ class MediaHost:
         return self.url(path)
 
     def url(self, path: str = "/", name: str = "127.0.0.1") -> str:
-        """The address of a path under any name that the test resolves to loopback."""
+        """Return the URL of a path, under any name that the test resolves to loopback."""
         return f"{'https' if self._context else 'http'}://{name}:{self.port}{path}"
 
     def next_answer(self, path: str) -> Answer:
-        """The answer for this request."""
+        """Return the answer to this request."""
         with self._lock:
             answers = self.answers.get(path.partition("?")[0])
             if not answers:
@@ -190,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(block), block) if answer.chunked else block)
 
     def _reset(self) -> None:
-        """End the connection with a reset instead of an orderly close (what was sent may or may not arrive)."""
+        """End the connection with a reset; bytes sent before may or may not arrive."""
         self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 

@@ -1,4 +1,4 @@
-"""Addresses are judged before anything is dialled, and `file:` addresses stay in their folders."""
+"""Addresses are checked before a connection is made, and `file:` addresses stay in their folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from worker.net.headers import retry_after_s
 
 PUBLIC = "93.184.215.14"
 
-# Names that an attacker's own DNS answers.
+# Answers of a DNS server that an attacker controls.
 NAMES = {
     "media.example": [PUBLIC],
     "rebind.example": ["127.0.0.1"],
@@ -105,13 +105,13 @@ HOSTILE = [
     "http://[::1/x",
     "http://[v1.fe]/x",
     "http://[127.0.0.1]/x",
-    # names with a bad address among the good
+    # names with a refused address among public ones
     "http://mixed.example/x",
     "http://mixed6.example/x",
     "http://metadata.example/x",
     "http://nat64.example/x",
     "http://garbage.example/x",
-    # two readers, two hosts
+    # spellings that two parsers read as different hosts
     "http://media.example@127.0.0.1/x",
     "http://127.0.0.1@media.example/x",
     "http://user:secret@media.example/x",  # pragma: allowlist secret
@@ -157,7 +157,7 @@ HOSTILE = [
 
 @pytest.fixture
 def dialled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every address that a socket was asked to connect to; no connection is made."""
+    """Every address that a socket was asked to connect to; each connection is refused."""
     reached: list[Any] = []
 
     def refuse(_: socket.socket, address: Any) -> None:
@@ -194,7 +194,7 @@ def test_a_hostile_address_is_refused_without_a_connection(url: str, tmp_path: P
         (f"http://[::ffff:{PUBLIC}]/x", "::ffff:5db8:d70e", 80),
     ],
 )
-def test_a_public_address_is_dialled_itself(
+def test_the_checked_public_address_is_dialled(
     url: str, address: str, port: int, tmp_path: Path, dialled: list[Any]
 ) -> None:
     with pytest.raises(DownloadError) as caught:
@@ -205,14 +205,14 @@ def test_a_public_address_is_dialled_itself(
 
 @settings(max_examples=300, deadline=None)
 @given(st.ip_addresses())
-def test_nothing_the_standard_library_calls_special_is_public_here(address: Any) -> None:
+def test_addresses_that_the_standard_library_calls_special_are_refused(address: Any) -> None:
     if not address.is_global and (address.version == 4 or address.ipv4_mapped is None):
         assert refusal(str(address)) is not None
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.ip_addresses(v=4))
-def test_ipv4_is_judged_alike_in_its_translated_forms(address: ipaddress.IPv4Address) -> None:
+def test_ipv4_has_one_verdict_in_all_its_translated_forms(address: ipaddress.IPv4Address) -> None:
     plain = refusal(str(address))
     assert refusal(f"::ffff:{address}") == plain
     assert refusal(f"64:ff9b::{address}") == plain
@@ -227,6 +227,16 @@ def test_allowing_private_networks_only_lifts_refusals(address: Any) -> None:
         assert refusal(str(address), allow_private=True) is None
 
 
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [("http://127.0.0.1:8000/x", True), ("http://10.0.0.8/x", True), ("http://169.254.169.254/x", False)],
+)
+def test_a_refused_private_address_names_the_settings_that_permit_it(url: str, hint: bool, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="its host leads to a") as caught:
+        fetch(url, tmp_path / "x", DownloadSettings(), kind="video")
+    assert ("DOWNLOAD_ALLOWED_HOSTS or ALLOW_PRIVATE_NETWORKS=1" in str(caught.value)) is hint
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "10.1.2.3", "100.64.1.1", "::1", "fd12::1", "::ffff:10.0.0.1"])
 def test_private_networks_can_be_allowed(address: str) -> None:
     assert refusal(address) is not None
@@ -237,11 +247,13 @@ def test_private_networks_can_be_allowed(address: str) -> None:
     "address",
     ["169.254.169.254", "fd00:ec2::254", "100.100.100.200", "168.63.129.16", "0.0.0.0", "fe80::1", "224.0.0.1"],
 )
-def test_metadata_is_refused_also_where_private_networks_are_allowed(address: str) -> None:
+def test_metadata_is_refused_even_where_private_networks_are_allowed(address: str) -> None:
     assert refusal(address, allow_private=True) is not None
 
 
-def test_a_list_of_hosts_admits_only_its_hosts_and_lets_them_be_private(tmp_path: Path, dialled: list[Any]) -> None:
+def test_a_list_of_hosts_admits_only_its_hosts_and_permits_their_private_addresses(
+    tmp_path: Path, dialled: list[Any]
+) -> None:
     listed = DownloadSettings(tries=1, allowed_hosts=("rebind.example", "*.cdn.example", "10.0.0.5:81"))
     names = {"a.cdn.example": ["10.1.1.1"], "cdn.example": [PUBLIC], **NAMES}
     outcome = {}
@@ -302,7 +314,7 @@ def test_entries_of_the_host_list(entry: str, host: str, port: int, listed: bool
         ("http://[2606:2800:021F:0::1]/", "2606:2800:21f::1", "http://[2606:2800:21f::1]/"),
     ],
 )
-def test_an_address_is_put_in_its_one_spelling(url: str, host: str, sent: str) -> None:
+def test_each_address_has_one_spelling(url: str, host: str, sent: str) -> None:
     target = parse_target(url)
     assert target.host == host
     assert target.url == sent
@@ -311,7 +323,7 @@ def test_an_address_is_put_in_its_one_spelling(url: str, host: str, sent: str) -
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60))
-def test_any_text_as_host_is_refused_or_normal(text: str) -> None:
+def test_any_text_as_host_is_refused_or_normalised(text: str) -> None:
     try:
         target = parse_target(f"http://{text}/x")
     except DownloadError:
@@ -348,11 +360,11 @@ def test_the_resolver_lists_each_address_once() -> None:
     ("value", "seconds"),
     [(None, 0), ("7", 7), ("99999", 30), ("-1", 0), ("soon", 0), ("Mon, 01 Jan 2001 00:00:00 GMT", 0), ("", 0)],
 )
-def test_retry_after_is_read_and_capped(value: str | None, seconds: float) -> None:
+def test_retry_after_is_parsed_and_capped(value: str | None, seconds: float) -> None:
     assert retry_after_s(value, 30.0) == seconds
 
 
-def test_retry_after_reads_dates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_may_be_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1_000_000_000.0)
     assert retry_after_s("Sun, 09 Sep 2001 01:46:50 GMT", 30.0) == 10.0
 
@@ -393,7 +405,7 @@ def test_a_link_inside_the_folder_to_a_file_inside_is_followed(folders: tuple[Pa
     assert fetch((allowed / "link.mp4").as_uri(), work / "x", local(allowed), kind="video").n_bytes == 7000
 
 
-def test_what_lies_outside_is_refused(folders: tuple[Path, Path]) -> None:
+def test_files_outside_the_allowed_folders_are_refused(folders: tuple[Path, Path]) -> None:
     allowed, work = folders
     outside = allowed.parent / "allowed-not"
     (allowed / "link.mp4").symlink_to(outside / "clip é.mp4")
@@ -408,7 +420,7 @@ def test_what_lies_outside_is_refused(folders: tuple[Path, Path]) -> None:
         "file:///proc/self/environ",
         "file:///no/such/file",
     ):
-        with pytest.raises(DownloadError, match="outside the allowed folders") as caught:
+        with pytest.raises(DownloadError, match="outside the folders of FILE_URL_ROOTS") as caught:
             fetch(url, work / "x", local(allowed), kind="video")
         assert str(allowed.parent) not in str(caught.value) + repr(caught.value.details)
     assert list(work.iterdir()) == []
@@ -439,7 +451,7 @@ def test_odd_file_addresses_are_refused(folders: tuple[Path, Path]) -> None:
     assert list(work.iterdir()) == []
 
 
-def test_file_addresses_obey_limits_stops_and_the_switch(folders: tuple[Path, Path]) -> None:
+def test_file_addresses_obey_limits_cancellation_and_the_setting(folders: tuple[Path, Path]) -> None:
     allowed, work = folders
     url = (allowed / "clip é.mp4").as_uri()
     with pytest.raises(DownloadError, match="too large"):
@@ -450,7 +462,7 @@ def test_file_addresses_obey_limits_stops_and_the_switch(folders: tuple[Path, Pa
         fetch(url, work / "x", local(allowed, total_timeout_s=0.0), kind="video")
     with pytest.raises(DownloadError, match="checksum"):
         fetch(url, work / "x", local(allowed), kind="video", sha256="0" * 64)
-    with pytest.raises(DownloadError, match="not allowed here"):
+    with pytest.raises(DownloadError, match="need ALLOW_FILE_URLS=1"):
         fetch(url, work / "x", DownloadSettings(file_url_roots=(allowed,)), kind="video")
     with pytest.raises(DownloadError, match="outside"):
         fetch(url, work / "x", DownloadSettings(allow_file_urls=True), kind="video")

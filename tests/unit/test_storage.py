@@ -1,4 +1,4 @@
-"""Names of objects, the local folder, and settings that keep their secrets."""
+"""Names of objects, the local folder as a store, and settings whose repr contains no secret."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_object_names(prefix: str, job_id: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("job_id", [None, ""])
-def test_without_an_id_the_name_is_a_new_one(job_id: str | None) -> None:
+def test_without_an_id_each_name_is_new(job_id: str | None) -> None:
     names = {object_name("a/b", job_id) for _ in range(3)}
     assert len(names) == 3
     assert all(re.fullmatch(r"a/b/manual-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.mp4", name) for name in names)
@@ -74,7 +74,7 @@ ids = st.one_of(
 
 @settings(max_examples=200, deadline=None)
 @given(ids, ids)
-def test_two_ids_have_two_names_and_each_is_what_b2_takes(one: str, two: str) -> None:
+def test_different_ids_have_different_names_that_b2_accepts(one: str, two: str) -> None:
     first, second = object_name("p/q", one), object_name("p/q", two)
     assert (first == second) is (one == two)
     assert re.fullmatch(r"p/q/[A-Za-z0-9_~-][A-Za-z0-9._~-]*\.mp4", first)
@@ -82,24 +82,24 @@ def test_two_ids_have_two_names_and_each_is_what_b2_takes(one: str, two: str) ->
     assert first.removesuffix(".mp4") + ".json" != second
 
 
-def test_an_id_that_looks_like_a_cut_one_does_not_collide() -> None:
+def test_an_id_that_looks_like_a_cut_one_has_another_name() -> None:
     cut = object_name("", "x" * 300)
     assert object_name("", cut.removesuffix(".mp4")) != cut
 
 
-def test_a_prefix_that_leaves_no_room_is_refused_with_the_settings() -> None:
+def test_settings_with_a_prefix_that_leaves_no_room_are_refused() -> None:
     for prefix in ("a/" * 450, "a" * 251):
         with pytest.raises(SettingsError):
             B2Settings(key_id="k", app_key="s", bucket="b", prefix=prefix)
 
 
 @pytest.mark.parametrize("lifetime", [0, -1, 604_801])
-def test_a_link_lifetime_b2_does_not_take_is_refused_with_the_settings(lifetime: int) -> None:
-    with pytest.raises(SettingsError):
+def test_settings_with_a_link_lifetime_that_b2_rejects_are_refused(lifetime: int) -> None:
+    with pytest.raises(SettingsError, match=f"valid for {lifetime} s"):
         B2Settings(key_id="k", app_key="s", bucket="b", link_lifetime_s=lifetime)
 
 
-def test_secrets_are_not_shown() -> None:
+def test_repr_contains_no_secret() -> None:
     shown = repr(B2Settings(key_id="KEYID", app_key="APPKEY", bucket="clips"))
     assert "KEYID" not in shown
     assert "APPKEY" not in shown
@@ -107,7 +107,7 @@ def test_secrets_are_not_shown() -> None:
     assert "token" not in repr(StoredObject("n", "https://h/f?Authorization=token", 1, "s", "b"))
 
 
-def test_without_a_bucket_the_folder_is_the_store(tmp_path: Path) -> None:
+def test_without_a_bucket_files_are_stored_in_the_folder(tmp_path: Path) -> None:
     settings = load_settings({"OUTPUT_DIR": str(tmp_path)}, env_file=None)
     store = open_store(settings)
     assert isinstance(store, LocalStore)
@@ -131,7 +131,7 @@ def test_the_file_and_its_sidecar_appear_in_the_folder(store: LocalStore, video:
     assert video.read_bytes() == BODY
 
 
-def test_a_repeat_replaces(store: LocalStore, video: Path) -> None:
+def test_a_repeated_id_replaces_the_file(store: LocalStore, video: Path) -> None:
     store.upload(video, "job", {}, deadline_s=60)
     video.write_bytes(b"newer")
     stored = store.upload(video, "job", {}, deadline_s=60)
@@ -149,7 +149,7 @@ def test_a_hostile_id_stays_in_the_folder(store: LocalStore, video: Path, tmp_pa
     ("options", "error"),
     [({"deadline_s": 0.0}, DeadlineError), ({"deadline_s": 60, "should_stop": lambda: True}, CancelledError)],
 )
-def test_an_ended_upload_leaves_the_older_file(
+def test_an_interrupted_upload_leaves_the_older_file(
     store: LocalStore, video: Path, options: dict[str, Any], error: type[Exception]
 ) -> None:
     store.upload(video, "job", {}, deadline_s=60)
@@ -160,7 +160,7 @@ def test_an_ended_upload_leaves_the_older_file(
     assert len(list(store.folder.iterdir())) == 2
 
 
-def test_a_stop_in_the_middle_leaves_nothing(store: LocalStore, video: Path) -> None:
+def test_cancelling_during_the_copy_leaves_no_file(store: LocalStore, video: Path) -> None:
     answers = iter([False, False, True])
     with pytest.raises(CancelledError):
         store.upload(video, "job", {}, deadline_s=60, should_stop=lambda: next(answers))
@@ -200,4 +200,4 @@ def test_a_sidecar_that_cannot_be_written_does_not_fail_the_upload(
     endless["itself"] = endless
     stored = store.upload(video, "job", endless, deadline_s=60)
     assert [path.name for path in store.folder.iterdir()] == [stored.name]
-    assert "the sidecar was not stored" in caplog.text
+    assert "sidecar not stored" in caplog.text

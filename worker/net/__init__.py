@@ -1,1 +1,1 @@
-"""Addresses, connections and downloads."""
+"""Download of inputs: address checks, connections, files."""

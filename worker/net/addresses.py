@@ -1,9 +1,9 @@
 """Check of download addresses: parse strictly, resolve the name, check every result. Knows no HTTP.
 
 The threat is a job that names an address inside our network: the cloud's metadata service, the worker itself, a
-neighbour. The rule is that a name is refused when any of its addresses is not a public one, and that the caller dials
-exactly the addresses checked here, so that a second lookup cannot give another answer. Spellings that browsers and
-libraries read in different ways (userinfo, zones, octal or short IPv4, backslashes) are refused and never interpreted.
+neighbour. A name is refused if any of its addresses is not public. The caller dials exactly the addresses that were
+checked, so a second lookup cannot return another one. Spellings that two parsers read differently (userinfo, zones,
+octal or short IPv4, backslashes) are refused and never interpreted.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Resolver = Callable[[str, int], Sequence[str]]
 MAX_URL_LENGTH = 8192
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
-# Refused also where private networks are allowed: cloud metadata, and what no media host can have.
-_NEVER = {
+# Refused even where private networks are allowed: cloud metadata, and addresses that no media host can have.
+_ALWAYS_REFUSED = {
     "169.254.0.0/16": "link-local (cloud metadata)",
     "100.100.100.200/32": "cloud metadata",
-    "168.63.129.16/32": "cloud host service",
+    "168.63.129.16/32": "cloud host service",  # Azure's, although the address is a public one
     "192.0.0.0/24": "protocol assignment",
     "0.0.0.0/8": "unspecified",
     "192.0.2.0/24": "documentation",
@@ -67,7 +67,7 @@ _PRIVATE = {
     "::1/128": "loopback",
     "fc00::/7": "unique local",
 }
-_NETWORKS = [(ipaddress.ip_network(net), why, False) for net, why in _NEVER.items()] + [
+_NETWORKS = [(ipaddress.ip_network(net), why, False) for net, why in _ALWAYS_REFUSED.items()] + [
     (ipaddress.ip_network(net), why, True) for net, why in _PRIVATE.items()
 ]
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -89,7 +89,7 @@ class Target:
 
     @property
     def is_literal(self) -> bool:
-        """True when the host is an IP address and not a name."""
+        """Whether the host is an IP address instead of a name."""
         return ":" in self.host or _is_number(self.host)
 
     @property
@@ -100,17 +100,17 @@ class Target:
 
     @property
     def url(self) -> str:
-        """The address put together from the checked parts."""
+        """The address, rebuilt from the checked parts."""
         return f"{self.scheme}://{self.authority}{self.path}"
 
 
 def parse_target(url: str) -> Target:
-    """The parts of an http(s) address; a fragment is dropped.
+    """Split an http(s) address into checked parts, without its fragment.
 
-    Raises DownloadError for another scheme and for every spelling that two readers could take for different hosts.
+    Raises DownloadError for another scheme and for every spelling that two parsers could read as different hosts.
     """
     if len(url) > MAX_URL_LENGTH:
-        raise _refused("it is too long", url)
+        raise _refused(f"it has {len(url)} characters; {MAX_URL_LENGTH} are allowed", url)
     if any(unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} for character in url):
         raise _refused("it contains control characters", url)
     try:
@@ -119,17 +119,17 @@ def parse_target(url: str) -> Target:
     except ValueError:
         raise _refused("it is malformed", url) from None
     if parts.scheme not in DEFAULT_PORTS:
-        raise _refused("only http and https are fetched", url)
+        raise _refused("its scheme is neither http nor https", url)
     if "@" in parts.netloc or "\\" in parts.netloc:
         raise _refused("it must not contain a user name or a backslash", url)
     if not host or port == 0:
-        raise _refused("it has no host" if not host else "its port is not one", url)
+        raise _refused("it has no host" if not host else "its port is 0", url)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Target(parts.scheme, _normal_host(host, "[" in parts.netloc, url), port or DEFAULT_PORTS[parts.scheme], path)
 
 
 def _normal_host(host: str, bracketed: bool, url: str) -> str:
-    """The host in its one spelling: IPv6 as ipaddress writes it, names in ASCII (IDNA 2008 with UTS 46 mapping)."""
+    """Return the host in one spelling: IPv6 as ipaddress writes it, names in ASCII (IDNA 2008, UTS 46 mapping)."""
     if bracketed or ":" in host:
         try:
             if "%" in host:
@@ -153,33 +153,33 @@ def _normal_host(host: str, bracketed: bool, url: str) -> str:
 
 
 def _is_number(name: str) -> bool:
-    """Whether some reader would take the name for an IPv4 address (its last label is a number)."""
+    """Whether some parsers would read the name as an IPv4 address (its last label is a number)."""
     return bool(_NUMBER.fullmatch(name.rsplit(".", 1)[-1]))
 
 
 def refusal(address: str, *, allow_private: bool = False) -> str | None:
-    """Why this IP address must not be dialled, or None when it may; `address` may carry a zone.
+    """Return the reason not to dial this IP address, or None; `address` may have a zone.
 
-    IPv4 inside IPv6 is judged by the inner address where the network would translate it (mapped, NAT64) and refused
-    where it would be tunnelled (6to4, Teredo, ISATAP, IPv4-compatible).
+    For IPv4 inside IPv6 the inner address is checked if the network would translate it (mapped, NAT64). Tunnelled forms
+    (6to4, Teredo, ISATAP, IPv4-compatible) are refused.
     """
     try:
         parsed = ipaddress.ip_address(address.split("%", 1)[0])
     except ValueError:
         return "unreadable"
-    inner = _translated(parsed)
+    inner = _inner_ipv4(parsed)
     if inner is not None:
         return refusal(str(inner), allow_private=allow_private)
     for network, why, is_private in _NETWORKS:
         if parsed.version == network.version and parsed in network:
             return None if is_private and allow_private else why
     if isinstance(parsed, ipaddress.IPv6Address):
-        return _odd_v6(parsed)
+        return _refusal_of_ipv6(parsed)
     return None
 
 
-def _translated(address: Address) -> ipaddress.IPv4Address | None:
-    """The IPv4 address that a packet to this IPv6 address would reach through the system or a NAT64 gateway."""
+def _inner_ipv4(address: Address) -> ipaddress.IPv4Address | None:
+    """IPv4 address that a packet to this IPv6 address reaches through the system or a NAT64 gateway, or None."""
     if isinstance(address, ipaddress.IPv4Address):
         return None
     if address in _NAT64:
@@ -187,24 +187,25 @@ def _translated(address: Address) -> ipaddress.IPv4Address | None:
     return address.ipv4_mapped
 
 
-def _odd_v6(address: ipaddress.IPv6Address) -> str | None:
+def _refusal_of_ipv6(address: ipaddress.IPv6Address) -> str | None:
     if address not in _GLOBAL_V6:
         return "not public"
     if address in _IETF_V6:
         return "protocol assignment"
+    # The middle of the interface id marks ISATAP; the two masked bits are flags (RFC 5214).
     if (int(address) >> 32) & 0xFCFFFFFF == 0x00005EFE:
         return "ISATAP"
     return None
 
 
 def resolve_host(host: str, port: int) -> list[str]:
-    """All addresses of a name in the system's order, without repetitions; raises OSError when there is none."""
+    """Return all addresses of a name in the system's order, without duplicates; raises OSError if there is none."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 def is_listed(target: Target, allowed_hosts: Sequence[str]) -> bool:
-    """Whether the host is on the list: `host`, `host:port`, `*.suffix` (not the suffix itself) or `*.suffix:port`."""
+    """Whether the list has the host: `host`, `host:port`, `*.suffix` (not the suffix itself) or `*.suffix:port`."""
     for entry in allowed_hosts:
         name, port = _split_entry(entry.strip().lower())
         if port not in {None, target.port}:
@@ -225,27 +226,29 @@ def _split_entry(entry: str) -> tuple[str, int | None]:
 def check_target(target: Target, *, allow_private: bool, allowed_hosts: Sequence[str]) -> bool:
     """Whether private addresses may be dialled for this target.
 
-    Raises DownloadError when a list of hosts is set and this one is not on it, or when the port belongs to another
-    service (below 1024 other than 80 and 443; a listed host may have any).
+    Raises DownloadError if there is a list of hosts without this one, or if the port is below 1024 and neither 80 nor
+    443. A listed host may have any port, and any port is allowed with private addresses.
     """
     listed = is_listed(target, allowed_hosts)
     if allowed_hosts and not listed:
-        raise _refused("its host is not on the list of allowed hosts", target.url)
+        raise _refused("its host is not in DOWNLOAD_ALLOWED_HOSTS", target.url)
     if target.port < 1024 and target.port not in DEFAULT_PORTS.values() and not (listed or allow_private):
-        raise _refused("its port belongs to another service", target.url)
+        raise _refused(f"port {target.port} is not allowed; use 80, 443 or 1024 and above", target.url)
     return allow_private or listed
 
 
 def check_addresses(target: Target, addresses: Sequence[str], *, allow_private: bool) -> None:
-    """Raise DownloadError unless every address the name has may be dialled."""
+    """Raise DownloadError unless every address of the target may be dialled."""
     for address in addresses:
         why = refusal(address, allow_private=allow_private)
         if why is not None:
-            raise _refused(f"its host leads to a {why} address", target.url)
+            is_private = refusal(address, allow_private=True) is None
+            hint = "; DOWNLOAD_ALLOWED_HOSTS or ALLOW_PRIVATE_NETWORKS=1 permits it" if is_private else ""
+            raise _refused(f"its host leads to a {why} address{hint}", target.url)
 
 
 def redact_url(url: str) -> str:
-    """An address fit for logs and errors: scheme, host, port and a plain file name; no user, query or other path."""
+    """Reduce an address to what logs and errors may show: scheme, host, port and a plain file name."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port

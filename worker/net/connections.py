@@ -1,7 +1,7 @@
-"""Connections: pinned to a checked address, cut from another thread, their faults described. Knows no jobs.
+"""Connections pinned to a checked address, which another thread can cut; plain texts for their errors. Knows no jobs.
 
 A socket's timeout restarts with every byte, so a peer that sends slowly, or stops reading, can block a thread for ever.
-Shutting the socket from another thread ends the call at once, which enforces a total limit.
+Shutting the socket down from another thread ends the call at once and so enforces a total limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logging.getLogger("urllib3").setLevel(logging.INFO)
 
 
 class CutSwitch:
-    """The open sockets of one transfer, and the switch that ends them all, also those opened later."""
+    """Switch that ends all sockets of one transfer, also those opened later."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -40,14 +40,14 @@ class CutSwitch:
         return self._is_cut
 
     def add(self, new_socket: socket.socket) -> None:
-        """Take charge of a connected socket."""
+        """Register a connected socket; after `cut` it is shut down at once."""
         with self._lock:
             self._sockets.add(new_socket)
             if self._is_cut:
                 _shut(new_socket)
 
     def cut(self) -> None:
-        """End every read and write on these connections now, and those of later ones as they come."""
+        """End every read and write on the registered sockets now, and on later ones when they are registered."""
         with self._lock:
             self._is_cut = True
             for open_socket in self._sockets:
@@ -60,8 +60,8 @@ def _shut(open_socket: socket.socket) -> None:
         socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
 
 
-def switched(connection_class: Any, switch: CutSwitch) -> Any:
-    """A subclass of a urllib3 connection class that hands its socket to `switch` once it is connected."""
+def _registering_class(connection_class: Any, switch: CutSwitch) -> Any:
+    """Return a subclass of a urllib3 connection class that registers its socket with `switch`."""
 
     def connect(self: Any) -> None:
         connection_class.connect(self)
@@ -71,29 +71,29 @@ def switched(connection_class: Any, switch: CutSwitch) -> Any:
 
 
 class SwitchedAdapter(HTTPAdapter):
-    """Transport whose sockets are known to the switch."""
+    """Transport that registers its sockets with a switch."""
 
     def __init__(self, switch: CutSwitch) -> None:
         self._pools = {}
         for scheme, pool in (("http", urllib3.HTTPConnectionPool), ("https", urllib3.HTTPSConnectionPool)):
-            connection = switched(pool.ConnectionCls, switch)
+            connection = _registering_class(pool.ConnectionCls, switch)
             self._pools[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": connection})
         super().__init__(pool_maxsize=8)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        """As the base does, with our connections."""
+        """Create the pool manager, with our connection classes."""
         super().init_poolmanager(*args, **kwargs)
         self.poolmanager.pool_classes_by_scheme = self._pools
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base does, with our connections."""
+        """Create the pool manager of a proxy, with our connection classes."""
         manager = super().proxy_manager_for(*args, **kwargs)
         manager.pool_classes_by_scheme = self._pools
         return manager
 
 
 class PinnedAdapter(HTTPAdapter):
-    """Transport to one judged address; Host header, server name and certificate check stay those of the name."""
+    """Transport to one checked address; Host header, server name and certificate check use the name."""
 
     def __init__(self, target: Target, address: str, switch: CutSwitch) -> None:
         super().__init__(max_retries=0)
@@ -104,15 +104,15 @@ class PinnedAdapter(HTTPAdapter):
             )
         else:
             self._pool = urllib3.HTTPConnectionPool(host, target.port)
-        # The attribute of the instance shadows that of the class; urllib3 documents it for this use.
-        self._pool.ConnectionCls = switched(self._pool.ConnectionCls, switch)
+        # Set on the instance, as urllib3 documents; the class attribute serves every other pool of the process.
+        self._pool.ConnectionCls = _registering_class(self._pool.ConnectionCls, switch)
 
     def get_connection_with_tls_context(self, *_: Any, **__: Any) -> urllib3.HTTPConnectionPool:
-        """The one pool, whatever the request says (requests 2.32 and later)."""
+        """Return the one pool for every request (requests 2.32 and later)."""
         return self._pool
 
     def get_connection(self, *_: Any, **__: Any) -> urllib3.HTTPConnectionPool:
-        """The one pool, whatever the request says (requests before 2.32)."""
+        """Return the one pool for every request (requests before 2.32)."""
         return self._pool
 
     def close(self) -> None:
@@ -122,16 +122,16 @@ class PinnedAdapter(HTTPAdapter):
 
 
 def resolve_within(resolve: Resolver, target: Target, seconds: float) -> list[str]:
-    """The addresses of a name within a time limit; the system's resolver has none, so a thread is left to it.
+    """Resolve a name within a time limit. Raises OSError if there is no answer.
 
-    Raises OSError when there is no answer.
+    The system's resolver has no limit, so it runs in a thread that is abandoned when the time is up.
     """
     answers: queue.SimpleQueue[list[str] | Exception] = queue.SimpleQueue()
 
     def work() -> None:
         try:
             answers.put(list(resolve(target.host, target.port)))
-        except Exception as problem:  # noqa: BLE001 - handed to the caller
+        except Exception as problem:  # noqa: BLE001 - raised in the caller's thread
             answers.put(problem)
 
     threading.Thread(target=work, name="resolve", daemon=True).start()
@@ -147,7 +147,7 @@ def resolve_within(resolve: Resolver, target: Target, seconds: float) -> list[st
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and everything it was made from (requests and urllib3 nest in `args` and `reason`)."""
+    """Yield the error and its causes (requests and urllib3 nest them in `args` and `reason`)."""
     todo: list[object] = [error]
     seen: set[int] = set()
     while todo:
@@ -159,9 +159,10 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         todo += [*item.args, getattr(item, "reason", None), item.__cause__, item.__context__]
 
 
-# urllib3 2 lets OpenSSL compare the names; urllib3 1 compares them itself and raises a ValueError of that name.
+# With urllib3 2 OpenSSL compares the names; urllib3 1 compares them itself and raises a ValueError: CertificateError.
 _CERTIFICATE_ERRORS = {"SSLCertVerificationError", "CertificateError"}
 
+# The first match counts, so that narrow classes come before the classes that they derive from.
 _TEXTS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((socket.gaierror,), "name could not be resolved"),
     ((ConnectionRefusedError,), "connection was refused"),
@@ -174,7 +175,7 @@ _TEXTS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
 
 
 def describe(error: BaseException) -> str:
-    """Describe a transport error without addresses; the library's own texts contain whole URLs."""
+    """Describe a transport error without addresses; the libraries' own texts contain whole URLs."""
     chain = list(causes(error))
     for classes, text in _TEXTS:
         if any(isinstance(cause, classes) for cause in chain):
@@ -183,11 +184,11 @@ def describe(error: BaseException) -> str:
 
 
 def is_bad_certificate(error: BaseException) -> bool:
-    """Whether the peer could not prove its name; another try would end the same way."""
+    """Whether the peer could not prove its name; a retry would fail again."""
     return any(type(cause).__name__ in _CERTIFICATE_ERRORS for cause in causes(error))
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether no connection came about at all, so that another address of the name is worth trying."""
+    """Whether no connection was established, so that another address of the name is worth trying."""
     classes = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError, requests.ConnectTimeout)
     return any(isinstance(cause, classes) for cause in causes(error))

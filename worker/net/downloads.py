@@ -1,8 +1,8 @@
 """Download of an address to a file, with limits in bytes and seconds. Knows no storage, no jobs and no media formats.
 
-`fetch` writes to a temporary name and renames at the end; a failure leaves nothing. It retries what can change (refused
-connections, resets, cut bodies, 408, 429, 5xx) and resumes where the host allows it; other failures are final. Each
-redirect is checked by `addresses`, and the connection goes to the address that was checked, so no second lookup leads
+`fetch` writes to a temporary name and renames at the end; a failure leaves no file. It retries transient failures
+(refused connections, resets, cut bodies, 408, 429, 5xx) and resumes if the host allows it; other failures are final.
+`addresses` checks each redirect, and the connection goes to the address that was checked, so no second lookup leads
 elsewhere. Proxies, cookies and credentials of the environment are not used. Logs and errors contain no signed address.
 """
 
@@ -44,13 +44,16 @@ from worker.net.local_files import copy_local
 logger = logging.getLogger("musetalk.downloads")
 
 Kind = Literal["video", "audio"]
+# As in the worker before this one; anything smaller is an empty upload or an error text.
 MIN_MEDIA_BYTES = 1000
 BLOCK_BYTES = 64 * 1024
+# A download leaves this much free, because the rest of the job writes files as well.
 SPARE_DISK_BYTES = 64 * 2**20
 
 _POLL_S = 0.1
+# Each dead address costs the connect time-out, in every attempt.
 _MAX_DIALLED = 4
-_TRY_AGAIN = {408, 425, 429}
+_TRANSIENT_STATUSES = {408, 425, 429}
 _REDIRECTS = {301, 302, 303, 307, 308}
 _COMPRESSED = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress"}
 _TRANSPORT_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
@@ -82,7 +85,7 @@ class DownloadSettings:
     user_agent: str = "musetalk-worker"
 
     def max_bytes(self, kind: Kind) -> int:
-        """The byte limit for a source or an audio file."""
+        """Return the byte limit of a source or an audio file."""
         return self.max_video_bytes if kind == "video" else self.max_audio_bytes
 
 
@@ -106,10 +109,10 @@ def fetch(
     sha256: str | None = None,
     resolve: Resolver = resolve_host,
 ) -> FetchedFile:
-    """Put the file behind `url` at `destination`; `should_stop` is also called from a helper thread.
+    """Download `url` to `destination`; `should_stop` is also called from a helper thread.
 
-    Raises DownloadError (`transient` in its details when another try later could end differently), DiskFullError, or
-    CancelledError once `should_stop()` is true. `sha256` is compared when given; it counts as a fault of transport.
+    A given `sha256` is compared; a mismatch is retried like a cut connection. Raises DownloadError (`transient` in its
+    details if a later attempt could succeed), DiskFullError, or CancelledError once `should_stop()` is true.
     """
     started = time.monotonic()
     is_local = url[:5].lower() == "file:"
@@ -141,9 +144,9 @@ def fetch(
 def fetch_together(
     wanted: Sequence[tuple[str, Path, Kind]], settings: DownloadSettings, should_stop: Callable[[], bool]
 ) -> list[FetchedFile]:
-    """`fetch` for several files at the same time, each (url, destination, kind); raises as `fetch`.
+    """Fetch several files at the same time, each (url, destination, kind); raises as `fetch`.
 
-    The first that fails stops the others; when several fail, the error of the first named is raised.
+    The first failure stops the others; if several fail, the error of the first one in `wanted` is raised.
     """
     failed = threading.Event()
 
@@ -156,21 +159,21 @@ def fetch_together(
             raise
 
     with ThreadPoolExecutor(len(wanted), thread_name_prefix="download") as pool:
-        # Each with a copy of the context, which the job's id in the logs comes from.
+        # Each thread gets a copy of the context: the logs take the job's id from it.
         parts = [pool.submit(contextvars.copy_context().run, fetch_one, one) for one in wanted]
     errors = [error for part in parts if (error := part.exception()) is not None]
     if errors:
-        # A download that was stopped because of another one is not the cause.
+        # CancelledError of a download that was stopped because another one failed is not the cause.
         raise next((error for error in errors if not isinstance(error, CancelledError)), errors[0])
     return [part.result() for part in parts]
 
 
 class _TimeUpError(Exception):
-    """The total time of this download is over."""
+    """The download exceeded its total time."""
 
 
-class _FaultError(Exception):
-    """A fault that a retry can fix; the text contains no address."""
+class _TransientError(Exception):
+    """An attempt failed in a way that a retry can fix; the text contains no address."""
 
     def __init__(self, why: str, *, pause_s: float = 0.0, status: int | None = None) -> None:
         super().__init__(why)
@@ -179,7 +182,7 @@ class _FaultError(Exception):
 
 
 class _Watch:
-    """Cuts the connections of one download when its time is up or the job is to stop."""
+    """Thread that cuts the connections of one download when its time is up or the job is to stop."""
 
     def __init__(self, seconds: float, should_stop: Callable[[], bool]) -> None:
         self.switch = CutSwitch()
@@ -198,32 +201,35 @@ class _Watch:
 
     def _run(self) -> None:
         while not self._done.wait(_POLL_S):
-            if self.left() <= 0 or self._should_stop():
+            if self.remaining_s() <= 0 or self._should_stop():
                 self.switch.cut()
                 return
 
-    def left(self) -> float:
+    def remaining_s(self) -> float:
         """Seconds until the total limit."""
         return self._deadline - time.monotonic()
 
     def check(self) -> None:
-        """Raise CancelledError or _TimeUpError when it is time to end."""
+        """Raise CancelledError if the job is to stop, _TimeUpError if the time is up."""
         if self._should_stop():
             raise CancelledError("the job was stopped during the download")
-        if self.left() <= 0:
+        if self.remaining_s() <= 0:
             raise _TimeUpError
 
     def pause(self, seconds: float) -> None:
-        """Wait, but not beyond the limit or a stop."""
+        """Wait; raises as `check` as soon as the download has to end."""
         until = time.monotonic() + seconds
         self.check()
-        while (rest := min(until - time.monotonic(), self.left())) > 0:
+        while (rest := min(until - time.monotonic(), self.remaining_s())) > 0:
             self._done.wait(min(rest, _POLL_S))
             self.check()
 
 
 class _InputPart(PartFile):
-    """The growing input file: a temporary name, a byte limit, removed unless committed. Raises our errors."""
+    """Growing input file with a temporary name and a byte limit; removed unless committed.
+
+    Raises DownloadError beyond the limit, DiskFullError, or ProcessingError for other errors of the disk.
+    """
 
     def __init__(self, destination: Path, kind: Kind, settings: DownloadSettings, url: str) -> None:
         super().__init__(part_path(destination))
@@ -241,31 +247,34 @@ class _InputPart(PartFile):
         super().__exit__(kind, error, trace)
         self.remove()
 
-    def expect(self, n_more: int) -> None:
-        """Raise when `n_more` bytes would break the limit or do not fit on the disk."""
+    def check_room(self, n_more: int) -> None:
+        """Raise if `n_more` bytes would exceed the limit or do not fit on the disk."""
         if self.n_bytes + n_more > self.limit:
             raise self._too_large()
-        with self.errors():
+        with self.disk_errors():
             free = shutil.disk_usage(self._destination.parent).free
         if free < n_more + SPARE_DISK_BYTES:
-            raise DiskFullError(f"there is no room on the disk for the {self.kind}", n_bytes=self.n_bytes + n_more)
+            raise DiskFullError(
+                f"the disk has too little room for the {self.kind} of {self.n_bytes + n_more} bytes",
+                n_bytes=self.n_bytes + n_more,
+            )
 
     def write(self, block: bytes) -> None:
-        """Append the next bytes; raises DownloadError beyond the limit, DiskFullError when the disk is full."""
+        """Append the next bytes."""
         if self.n_bytes + len(block) > self.limit:
             raise self._too_large()
         super().write(block)
 
     @contextlib.contextmanager
-    def errors(self) -> Iterator[None]:
-        """Turn errors of the disk into ours, without its paths."""
+    def disk_errors(self) -> Iterator[None]:
+        """Translate OSError; the text of the new error contains no path."""
         try:
             yield
         except OSError as problem:
             if is_disk_full(problem):
-                raise DiskFullError("the disk is full") from None
+                raise DiskFullError(f"the disk is full; the {self.kind} could not be written") from None
             name = errno.errorcode.get(problem.errno or 0, "unknown")
-            raise ProcessingError(f"the download could not be written ({name})") from None
+            raise ProcessingError(f"the {self.kind} could not be written ({name})") from None
 
     def _too_large(self) -> DownloadError:
         return DownloadError(
@@ -274,7 +283,7 @@ class _InputPart(PartFile):
 
 
 class _Download:
-    """One http(s) download: tries, redirects, resuming."""
+    """One http(s) download with its retries, redirects and resumed attempts."""
 
     def __init__(
         self,
@@ -295,54 +304,58 @@ class _Download:
         self.total: int | None = None
 
     def run(self) -> str | None:
-        """Fetch with retries; returns the Content-Type. Raises DownloadError once the tries are used up."""
+        """Fetch with retries and return the Content-Type; raises DownloadError after the last attempt."""
         n_try = 0
         while True:
             n_try += 1
             self.watch.check()
             try:
-                return self._try()
-            except _FaultError as fault:
-                self.watch.check()  # a cut of ours is not the host's fault
-                logger.warning("download of the %s, try %d: %s", self.part.kind, n_try, fault)
+                return self._attempt()
+            except _TransientError as error:
+                self.watch.check()  # after a cut of our own the host is not to blame
+                logger.warning(
+                    "download attempt failed", extra={"kind": self.part.kind, "n_try": n_try, "reason": str(error)}
+                )
                 if n_try >= self.settings.tries:
-                    raise self._failed(str(fault), transient=True, status=fault.status, tries=n_try) from None
+                    raise self._failure(str(error), transient=True, status=error.status, tries=n_try) from None
                 backoff = self.settings.backoff_s * 2 ** (n_try - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
-                self.watch.pause(min(max(backoff, fault.pause_s), self.settings.max_pause_s))
+                self.watch.pause(min(max(backoff, error.pause_s), self.settings.max_pause_s))
 
-    def _try(self) -> str | None:
+    def _attempt(self) -> str | None:
+        # Without a validator nothing proves that the host still has the same file, so the part is dropped.
         start = self.part.n_bytes if self.validator is not None else 0
         if self.part.n_bytes and not start:
             self.part.restart()
         headers = {"Range": f"bytes={start}-", "If-Range": self.validator or ""} if start else {}
-        with self._faults(), self._follow(headers) as response:
-            self._begin(response, start)
+        with self._transport_errors(), self._follow_redirects(headers) as response:
+            self._check_response(response, start)
             self._receive(response)
         if self.sha256 is not None and self.part.n_bytes and self.part.digest != self.sha256.lower():
             self.validator = None
-            raise _FaultError("the checksum is another")
+            raise _TransientError("the checksum differs from the expected one")
         return response.headers.get("Content-Type")
 
     @contextlib.contextmanager
-    def _follow(self, headers: Mapping[str, str]) -> Iterator[requests.Response]:
-        """The answer to a GET after its redirects; every hop is checked again."""
+    def _follow_redirects(self, headers: Mapping[str, str]) -> Iterator[requests.Response]:
+        """Response to a GET after its redirects; the address of every redirect is checked."""
         url = self.url
         for _ in range(self.settings.max_redirects + 1):
             target = parse_target(url)
-            with self._get(target, headers) as response:
+            with self._connect(target, headers) as response:
                 if response.status_code not in _REDIRECTS:
                     yield response
                     return
                 location = response.headers.get("Location")
             if not location:
-                raise self._failed("a redirect without an address", status=response.status_code)
+                raise self._failure("the media host redirects without an address", status=response.status_code)
             url = redirect_url(target.url, location)
             if target.scheme == "https" and url[:5].lower() == "http:":
-                raise self._failed("a redirect leads from https to an unprotected address")
-        raise self._failed(f"more than {self.settings.max_redirects} redirects")
+                raise self._failure("the media host redirects from https to http")
+        raise self._failure(f"more than {self.settings.max_redirects} redirects")
 
     @contextlib.contextmanager
-    def _get(self, target: Target, headers: Mapping[str, str]) -> Iterator[requests.Response]:
+    def _connect(self, target: Target, headers: Mapping[str, str]) -> Iterator[requests.Response]:
+        """Response of the first address of the target that accepts a connection."""
         request = requests.Request(
             "GET",
             target.url,
@@ -350,7 +363,7 @@ class _Download:
                 "Host": target.authority,
                 "User-Agent": self.settings.user_agent,
                 "Accept": "*/*",
-                "Accept-Encoding": "identity",
+                "Accept-Encoding": "identity",  # offsets and limits count bytes of the file itself
                 **headers,
             },
         ).prepare()
@@ -358,7 +371,7 @@ class _Download:
         refusals: list[Exception] = []
         for address in self._addresses(target)[:_MAX_DIALLED]:
             adapter = PinnedAdapter(target, address, self.watch.switch)
-            timeout = (self._within(self.settings.connect_timeout_s), self._within(self.settings.idle_timeout_s))
+            timeout = (self._capped_s(self.settings.connect_timeout_s), self._capped_s(self.settings.idle_timeout_s))
             try:
                 response = adapter.send(request, stream=True, timeout=timeout, verify=verify, proxies={})
             except requests.ConnectionError as problem:
@@ -377,43 +390,44 @@ class _Download:
         raise refusals[-1]
 
     def _addresses(self, target: Target) -> list[str]:
-        """The addresses to dial, all of them judged."""
+        """Addresses to dial; all of them are checked."""
         may_be_private = check_target(
             target, allow_private=self.settings.allow_private_networks, allowed_hosts=self.settings.allowed_hosts
         )
         if target.is_literal:
             addresses = [target.host]
         else:
-            addresses = resolve_within(self.resolve, target, self._within(self.settings.connect_timeout_s))
+            addresses = resolve_within(self.resolve, target, self._capped_s(self.settings.connect_timeout_s))
         check_addresses(target, addresses, allow_private=may_be_private)
         return addresses
 
-    def _within(self, seconds: float) -> float:
+    def _capped_s(self, seconds: float) -> float:
+        """Cap a time-out by the remaining total time; never 0, which sockets take as non-blocking."""
         self.watch.check()
-        return max(min(seconds, self.watch.left()), 0.01)
+        return max(min(seconds, self.watch.remaining_s()), 0.01)
 
-    def _begin(self, response: requests.Response, start: int) -> None:
-        """Check status and headers; afterwards the part file is where the body continues."""
+    def _check_response(self, response: requests.Response, start: int) -> None:
+        """Check status and headers, and restart the part file unless the body continues it at `start`."""
         status, headers = response.status_code, response.headers
         if start and status in {200, 206, 412, 416}:
-            if status == 206 and self._continues(headers, start):
+            if status == 206 and self._is_continuation(headers, start):
                 length = content_length(headers)
                 self.total = self.total if length is None else start + length
-                return self._expect(headers)
+                return self._check_length(headers)
             self.validator = self.total = None
             if status != 200:
-                raise _FaultError("the rest of the file could not be asked for", status=status)
+                raise _TransientError("the media host did not resume the file", status=status)
             self.part.restart()
         if status != 200:
-            self._reject(status, headers)
+            self._raise_for(status, headers)
         codings = {coding.strip().lower() for coding in headers.get("Content-Encoding", "").split(",")}
         if codings & _COMPRESSED:
-            raise self._failed("the media host sends it compressed, which was not asked for")
+            raise self._failure("the media host sent it compressed although the request excludes that")
         self.validator = version_validator(headers)
         self.total = content_length(headers)
-        return self._expect(headers)
+        return self._check_length(headers)
 
-    def _continues(self, headers: Mapping[str, str], start: int) -> bool:
+    def _is_continuation(self, headers: Mapping[str, str], start: int) -> bool:
         """Whether a 206 continues the part file: same version, same size, starting at `start`."""
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
         if match is None or int(match[1]) != start:
@@ -425,37 +439,37 @@ class _Download:
             return False
         return version_validator(headers) in {None, self.validator}
 
-    def _expect(self, headers: Mapping[str, str]) -> None:
+    def _check_length(self, headers: Mapping[str, str]) -> None:
         length = content_length(headers)
         if length is not None:
-            self.part.expect(length)
+            self.part.check_room(length)
 
-    def _reject(self, status: int, headers: Mapping[str, str]) -> None:
-        if status in _TRY_AGAIN or 500 <= status < 600:
+    def _raise_for(self, status: int, headers: Mapping[str, str]) -> None:
+        if status in _TRANSIENT_STATUSES or 500 <= status < 600:
             pause = retry_after_s(headers.get("Retry-After"), self.settings.max_pause_s)
-            raise _FaultError(f"{status} from media host", pause_s=pause, status=status)
-        raise self._failed(f"{status} from media host", status=status)
+            raise _TransientError(f"{status} from media host", pause_s=pause, status=status)
+        raise self._failure(f"{status} from media host", status=status)
 
     def _receive(self, response: requests.Response) -> None:
         for block in response.iter_content(BLOCK_BYTES):
             self.watch.check()
             self.part.write(block)
         self.watch.check()
-        # urllib3 1 takes a body that ends early for a whole one.
+        # urllib3 1 accepts a body that ends early as complete.
         if self.total is not None and self.part.n_bytes != self.total:
-            raise _FaultError("the connection was cut")
+            raise _TransientError("the connection was cut")
 
     @contextlib.contextmanager
-    def _faults(self) -> Iterator[None]:
-        """Turn what requests, urllib3 and the system raise into faults without addresses in their texts."""
+    def _transport_errors(self) -> Iterator[None]:
+        """Translate what requests, urllib3 and the system raise into errors whose texts contain no address."""
         try:
             yield
         except _TRANSPORT_ERRORS as problem:
             if is_bad_certificate(problem):
-                raise self._failed("the media host's certificate does not prove its name") from None
-            raise _FaultError(f"the media host's {describe(problem)}") from None
+                raise self._failure("the media host's certificate does not prove its name") from None
+            raise _TransientError(f"the media host's {describe(problem)}") from None
 
-    def _failed(self, why: str, *, status: int | None = None, **details: Any) -> DownloadError:
+    def _failure(self, why: str, *, status: int | None = None, **details: Any) -> DownloadError:
         if status is not None:
             details["status_code"] = status
         return DownloadError(f"the {self.part.kind} could not be fetched: {why}", url=redact_url(self.url), **details)

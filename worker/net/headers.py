@@ -11,17 +11,18 @@ from urllib.parse import urljoin
 
 
 def redirect_url(base: str, location: str) -> str:
-    """Target of a redirect; header bytes arrive as Latin-1 although hosts write UTF-8."""
+    """Return the target of a redirect; header bytes arrive as Latin-1 although hosts write UTF-8."""
     with contextlib.suppress(UnicodeError):
         location = location.encode("latin-1").decode()
     try:
         return urljoin(base, location)
     except ValueError:
+        # The check of addresses refuses it, with its own text.
         return location
 
 
 def content_length(headers: Mapping[str, str]) -> int | None:
-    """The declared body size; None when absent, unreadable or overruled by chunked transfer."""
+    """Return the declared size of the body in bytes; None if absent, unreadable or overruled by chunked transfer."""
     text = headers.get("Content-Length", "").strip()
     if "Transfer-Encoding" in headers or not re.fullmatch(r"\d{1,18}", text, re.ASCII):
         return None
@@ -29,7 +30,7 @@ def content_length(headers: Mapping[str, str]) -> int | None:
 
 
 def version_validator(headers: Mapping[str, str]) -> str | None:
-    """Validator of this version of the file for If-Range: a strong ETag, else the date of the last change."""
+    """Return the value for If-Range that names this version: a strong ETag, else the date of the last change."""
     etag = headers.get("ETag", "")
     if re.fullmatch(r'"[\x21\x23-\x7e]*"', etag):
         return etag
@@ -37,7 +38,7 @@ def version_validator(headers: Mapping[str, str]) -> str | None:
 
 
 def retry_after_s(value: str | None, longest_s: float) -> float:
-    """Seconds the host asks us to wait (a number or a date), capped; 0 when it says nothing readable."""
+    """Return the pause that the host requests (a number or a date), at most `longest_s`; 0 if there is none."""
     if value is None:
         return 0.0
     if re.fullmatch(r"\d{1,9}", value.strip(), re.ASCII):

@@ -16,24 +16,24 @@ BLOCK_BYTES = 64 * 1024
 
 
 class Part(Protocol):
-    """The file that receives the copy, with the limits of the job."""
+    """File that receives the copy; it enforces the limits of the job."""
 
-    def expect(self, n_more: int) -> None:
-        """Raise when `n_more` bytes would be too many."""
+    def check_room(self, n_more: int) -> None:
+        """Raise if `n_more` bytes would be too many."""
 
     def write(self, block: bytes) -> None:
         """Append the next bytes."""
 
 
 def copy_local(url: str, part: Part, roots: Sequence[Path] | None, check: Callable[[], None]) -> str | None:
-    """Copy the file that a `file:` address names into `part` and return its content type by its name.
+    """Copy the file of a `file:` address into `part`; return the content type that its name suggests.
 
     `roots` are the allowed folders (None: `file:` addresses are refused). `check()` is called between blocks and may
-    raise. Raises DownloadError.
+    raise. Raises DownloadError; no text or detail contains the path.
     """
     path = _local_path(url, roots)
     try:
-        # Without following a link that was created since the check, and without hanging on a pipe.
+        # O_NOFOLLOW: a link may have been created since the check. O_NONBLOCK: opening a pipe would hang.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         raise DownloadError("the file named by a file: address does not exist", url="file:…") from None
@@ -41,7 +41,7 @@ def copy_local(url: str, part: Part, roots: Sequence[Path] | None, check: Callab
         info = os.fstat(handle)
         if not stat.S_ISREG(info.st_mode):
             raise DownloadError("the file: address does not name a regular file", url="file:…")
-        part.expect(info.st_size)
+        part.check_room(info.st_size)
         while block := os.read(handle, BLOCK_BYTES):
             check()
             part.write(block)
@@ -54,7 +54,7 @@ def copy_local(url: str, part: Part, roots: Sequence[Path] | None, check: Callab
 
 def _local_path(url: str, roots: Sequence[Path] | None) -> Path:
     if roots is None:
-        raise DownloadError("the address was refused: file: addresses are not allowed here", url="file:…")
+        raise DownloadError("the address was refused: file: addresses need ALLOW_FILE_URLS=1", url="file:…")
     try:
         parts = urlsplit(url)
         text = unquote(parts.path, errors="strict")
@@ -68,6 +68,6 @@ def _local_path(url: str, roots: Sequence[Path] | None) -> Path:
         is_inside = any(path.is_relative_to(root.resolve()) for root in roots)
     except (OSError, RuntimeError):
         is_inside = False
-    if not is_inside:  # refused first, so that the answer does not reveal whether the file exists
-        raise DownloadError("the address was refused: it leads outside the allowed folders", url="file:…")
+    if not is_inside:  # checked before the file is opened, so that the error does not reveal whether it exists
+        raise DownloadError("the address was refused: it leads outside the folders of FILE_URL_ROOTS", url="file:…")
     return path
