@@ -57,11 +57,15 @@ class Progress:
         self._bar.update(max(0.0, 100 * float(update.get("progress") or 0) - self._bar.n))
 
 
-def free_port() -> int:
-    """A port nobody uses right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def bound_socket(port: int) -> socket.socket:
+    """Bind `port` (0: a free one) on loopback for the server to inherit, so that no other process can take it first."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        raise SystemExit(f"error: port {port} cannot be used ({error.strerror}); set WORKER_PORT") from None
+    return listener
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> dict[str, Any]:
@@ -87,7 +91,8 @@ def main() -> int:
     """Run the demo; returns the exit status."""
     bar: tqdm[Any] = tqdm(total=100, desc="starting", bar_format="{desc:12} {bar} {n:3.0f}%", file=sys.stderr)
     progress = Progress(bar)
-    port = int(os.environ.get("WORKER_PORT") or 0) or free_port()
+    listener = bound_socket(int(os.environ.get("WORKER_PORT") or 0))
+    port = int(listener.getsockname()[1])
     log_path = ROOT / "work" / "demo.log"
     log_path.parent.mkdir(exist_ok=True)
     environment = {
@@ -108,12 +113,14 @@ def main() -> int:
         environment.pop(name, None)
     with log_path.open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py"],
+            [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py", "--bind", f"fd://{listener.fileno()}"],
             cwd=ROOT,
+            pass_fds=(listener.fileno(),),
             env=environment,
             stdout=log,
             stderr=log,
         )
+    listener.close()
     try:
         url = f"http://127.0.0.1:{port}"
         health = wait_until_ready(server, url)

@@ -62,7 +62,7 @@ class Arena:
         self._used = 0
 
     def copy(self, array: NDArray[Any]) -> NDArray[Any]:
-        """A read-only copy of `array`; a block is given back when no array in it is left."""
+        """A read-only copy of `array`, same shape and type; a block is freed when no array in it is left."""
         start = -(-self._used // 64) * 64
         if start + array.nbytes > len(self._block):
             # Mapped by itself whatever its size is.
@@ -87,7 +87,7 @@ class PreparedFace:
     band: NDArray[np.float32] | None = None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The same as named arrays."""
+        """The value as named arrays, as they are stored."""
         named = {"latents": self.latents, **{f"plan_{name}": array for name, array in self.plan.arrays().items()}}
         return named if self.band is None else {**named, "band": self.band}
 

@@ -153,14 +153,16 @@ def match_colours(patch: UInt8Array, band: NDArray[np.float32]) -> UInt8Array:
 
 
 def mix(new: UInt8Array, old: UInt8Array, weight: UInt8Array) -> UInt8Array:
-    """`new` over `old` by `weight` 0..255, rounded as Pillow does: t = new*w + old*(255-w) + 128, (t + t/256) / 256."""
+    """`new` over `old` by `weight` 0..255, all uint8 of one shape, rounded as Pillow does.
+
+    t = new * w + old * (255 - w) + 128; result = (t + t / 256) / 256."""
     weighted = new.astype(np.uint32) * weight + old.astype(np.uint32) * (255 - weight.astype(np.uint32)) + 128
     mixed: UInt8Array = (((weighted >> 8) + weighted) >> 8).astype(np.uint8)
     return mixed
 
 
 def paste_reference(frame: UInt8Array, patch: UInt8Array, box: Box, mask: UInt8Array, around: Box) -> UInt8Array:
-    """A new BGR frame with `patch` pasted into `box` under `mask`, which covers the blend box `around`.
+    """A new BGR frame (H, W, 3) with `patch` pasted into `box` under `mask`, which covers the blend box `around`.
 
     Specified in docs/model.md#pasting. Bit-equal to upstream, which blends the whole square; parts outside the frame
     are dropped. `frame` is not changed.
@@ -237,12 +239,12 @@ class PastePlan:
         return replace(self, luma=luma, chroma=chroma)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The plan as named arrays, for the frame store."""
+        """The plan as named arrays, `boxes` int64 (2, 4), weights uint8, for the frame store."""
         return {"boxes": np.array([self.box, self.region], np.int64), "luma": self.luma, "chroma": self.chroma}
 
     @staticmethod
     def from_arrays(named: dict[str, NDArray[Any]]) -> PastePlan:
-        """The plan that `arrays` described."""
+        """Rebuild the plan from its `arrays`."""
         box, region = (Box(*(int(edge) for edge in row)) for row in named["boxes"])
         return PastePlan(box, region, named["luma"], named["chroma"])
 

@@ -75,7 +75,7 @@ class FaceParserLike(Protocol):
 
 
 def flip_table() -> NDArray[np.int64]:
-    """Partner of each of the 133 keypoints in the mirrored picture (COCO-WholeBody's order)."""
+    """Partner of each keypoint in the mirrored picture, int64 (133,), in COCO-WholeBody's order."""
     table = np.arange(133)
 
     def swap(first: int, second: int) -> None:
@@ -263,7 +263,7 @@ class PoseFaceFinder:
         self._flip = torch.from_numpy(flip_table()).to(device)
 
     def find(self, frames: Sequence[UInt8Array], *, bbox_shift: int = 0) -> list[Face | None]:
-        """BGR frames of any sizes -> one face or None each; boxes are clipped to their frame.
+        """BGR frames uint8 (H, W, 3) of any sizes -> one face or None each; boxes in px, clipped to their frame.
 
         Raises ProcessingError when a network gives values that are not finite.
         """

@@ -110,7 +110,7 @@ class _Reader(pickle.Unpickler):
 def rebuild_tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_rest: object
 ) -> Tensor:
-    """The tensor of `size` that begins at element `offset` of a storage; raises UnpicklingError when it leaves it."""
+    """The tensor of shape `size` at element `offset` of a storage (n,); raises UnpicklingError when it leaves it."""
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or any(type(number) is not int or number < 0 for number in numbers):
         raise pickle.UnpicklingError("a tensor's size or stride makes no sense")

@@ -78,7 +78,7 @@ class FrameStore:
         self._on_disk[number] = {name: self._write(array) for name, array in arrays.items()}
 
     def get(self, number: int) -> dict[str, NDArray[Any]]:
-        """The record kept under `number`; KeyError when there is none."""
+        """Return the arrays kept under `number`, with their shapes and types; raises KeyError when there are none."""
         if number in self._in_memory:
             return self._in_memory[number]
         return {name: self._read(place) for name, place in self._on_disk[number].items()}

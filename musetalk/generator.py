@@ -370,7 +370,7 @@ def bgr_levels(pictures: Tensor) -> Tensor:
 
 
 def to_bgr(pictures: Tensor) -> NDArray[np.uint8]:
-    """`bgr_levels` on the CPU."""
+    """`bgr_levels` as a NumPy array, uint8 (n, h, w, 3)."""
     bgr: NDArray[np.uint8] = bgr_levels(pictures).cpu().numpy()
     return bgr
 

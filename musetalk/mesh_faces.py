@@ -92,7 +92,9 @@ class MeshFaceFinder:
         self._mesh_outputs = self._mesh.getUnconnectedOutLayersNames()
 
     def find(self, frames: Sequence[UInt8Array], *, bbox_shift: int = 0) -> list[Face | None]:
-        """BGR frames of any sizes -> one face or None each; the box by MuseTalk's rule from 68 of the points."""
+        """BGR frames uint8 (H, W, 3) of any sizes -> one face or None each.
+
+        The box follows MuseTalk's rule from 68 of the points."""
         return [self._find(frame, bbox_shift) for frame in frames]
 
     def _find(self, frame: UInt8Array, bbox_shift: int) -> Face | None:
@@ -191,7 +193,7 @@ class JawParser:
 
 
 def jaw_labels(size_px: int) -> NDArray[np.uint8]:
-    """A rounded jaw in the lower half of the crop box, which is the middle two thirds of the square."""
+    """Classes uint8 (side, side): a rounded jaw in the lower half of the crop box, the square's middle two thirds."""
     labels = np.zeros((size_px, size_px), np.uint8)
     half = size_px / 3
     middle = size_px / 2

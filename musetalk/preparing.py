@@ -49,7 +49,7 @@ class Record:
     face: PreparedFace | None = None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The record as named arrays, for the frame store."""
+        """The record as named arrays (planes, latents, plan), for the frame store."""
         named: dict[str, NDArray[Any]] = {"y": self.planes.y, "u": self.planes.u, "v": self.planes.v}
         return named if self.face is None else {**named, **self.face.arrays()}
 
@@ -63,7 +63,7 @@ class Record:
 
     @staticmethod
     def from_arrays(named: dict[str, NDArray[Any]]) -> Record:
-        """The record that `arrays` described."""
+        """Rebuild the record from its `arrays`."""
         planes = Planes(named["y"], named["u"], named["v"])
         return Record(planes, PreparedFace.from_arrays(named) if "latents" in named else None)
 

@@ -55,14 +55,14 @@ def levels_dbfs(waveform: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def floor_dbfs(levels: NDArray[np.float64]) -> float:
-    """The level below which a recording of such levels pauses; one that never rises above it is a pause throughout."""
+    """Level (dBFS) below which a recording with these `levels` (n,) pauses; one that stays below is all pause."""
     n_loud = min(_LOUD_BLOCKS, len(levels))
     loudness = float(np.partition(levels, -n_loud)[-n_loud])
     return FLOOR_DBFS if loudness < FLOOR_DBFS else min(FLOOR_DBFS, loudness - BELOW_SPEECH_DB)
 
 
 def quiet_spans(waveform: NDArray[np.float32]) -> list[Span]:
-    """Pauses of a waveform at 16 kHz as samples [begin, end), in order, each at least 0.3 s long; n > 0."""
+    """Pauses of a waveform (n,) at 16 kHz, n > 0, as samples [begin, end), in order, each at least 0.3 s long."""
     levels = levels_dbfs(waveform)
     floor = floor_dbfs(levels)
     below = levels < floor

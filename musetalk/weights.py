@@ -148,7 +148,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by key, on the CPU; `.safetensors`, or torch's own format in any extension.
+    """Read the tensors of a checkpoint by key, in their stored shapes and types, on the CPU.
+
+    The file is `.safetensors`, or torch's own format with any extension.
 
     One level of wrapping (`state_dict`, `model`, `unet`) is removed, and so is a common prefix `module.` or `unet.`.
     Nothing stored in the file is executed: tensors are read, every other object becomes an inert stub.

@@ -246,7 +246,7 @@ class _Resampler:
         yield from self._pull()
 
     def finish(self) -> Iterator[Float32Array]:
-        """Return the remaining samples, cut or filled with silence to the exact length."""
+        """Return the remaining samples (channels, n), cut or filled with silence to the exact length."""
         if self._graph is None:
             return
         self._graph.push(None)

@@ -26,23 +26,29 @@ PROGRAM = [sys.executable, str(ROOT / "examples/orchestrator.py")]
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("orchestrator")
-    with (folder / "log.txt").open("wb") as log:
+    with (folder / "log.txt").open("wb") as log, socket.create_server(("127.0.0.1", 0)) as listener:
+        port, number = listener.getsockname()[1], listener.fileno()
         process = subprocess.Popen(
             [*PROGRAM, "serve", "--port", str(port), "--folder", str(folder)],
-            env={**os.environ, "INTERNAL_API_KEY": KEY},
+            # Werkzeug takes the listening socket from the two last variables.
+            env={
+                **os.environ,
+                "INTERNAL_API_KEY": KEY,
+                "WERKZEUG_RUN_MAIN": "true",
+                "WERKZEUG_SERVER_FD": str(number),
+            },
+            pass_fds=(number,),
             stdout=log,
             stderr=log,
         )
+        listener.close()
         address = f"http://127.0.0.1:{port}"
 
         def answers() -> bool:
             try:
                 return requests.get(f"{address}/health", timeout=2).ok
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.ReadTimeout):
                 return False
 
         try:

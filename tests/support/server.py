@@ -42,9 +42,10 @@ class Server:
         **environment: str,
     ) -> None:
         """`faulty` runs the same worker with deliberate faults (`faulty.conf.py`), commanded in `folder/faults`."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # Bound here and inherited by the server: a port that is chosen and closed may be another process's by then.
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        port, number = listener.getsockname()[1], listener.fileno()
         self.url = f"http://127.0.0.1:{port}"
         self.folder = folder
         self.log_path = folder / "log.txt"
@@ -74,14 +75,23 @@ class Server:
         self.faults = folder / "faults"
         self.faults.mkdir(exist_ok=True)
         configuration = ROOT / "tests/support/faulty.conf.py" if faulty else ROOT / "gunicorn.conf.py"
+        command = command or [sys.executable, "-m", "gunicorn", "--config", str(configuration)]
+        if "app.py" in command:
+            # Werkzeug takes a listening socket from these variables.
+            listener.listen()
+            variables.update(WERKZEUG_RUN_MAIN="true", WERKZEUG_SERVER_FD=str(number))
+        else:
+            command = [*command, "--bind", f"fd://{number}"]
         self.log = self.log_path.open("wb")
         self.process = subprocess.Popen(
-            command or [sys.executable, "-m", "gunicorn", "--config", str(configuration)],
+            command,
             cwd=ROOT,
+            pass_fds=(number,),
             env=variables,
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
+        listener.close()
 
     def health(self) -> tuple[int, dict[str, Any]]:
         answer = requests.get(f"{self.url}/hc", timeout=30)
@@ -94,7 +104,7 @@ class Server:
             assert self.process.poll() is None, self.log_text()
             try:
                 status, body = self.health()
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.ReadTimeout):
                 continue
             if status == state:
                 return body
