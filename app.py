@@ -69,6 +69,7 @@ def check_caller() -> None:
     origin = request.headers.get("Origin")
     if origin is not None and urlsplit(origin).netloc != request.host:
         raise Forbidden
+    # After the check of Origin: a page of another site runs on this machine and would count as local.
     key = _core().settings.internal_api_key
     if request.endpoint in _OPEN_TO_ALL or not key or _is_local():
         return
@@ -84,6 +85,7 @@ def _is_local() -> bool:
         address = ipaddress.ip_address((request.remote_addr or "").split("%", 1)[0])
     except ValueError:
         return False
+    # A socket for both families reports an IPv4 caller as ::ffff:127.0.0.1.
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
 

@@ -59,6 +59,7 @@ class Core:
         self.status = WorkerStatus()
         self.work_dir = WorkDir(settings.work_dir)
         self._store = store or open_store(settings)
+        # One job at a time: two would share the GPU's memory and both would be slower.
         self._slot = threading.Lock()
         self._engine: Engine | None = None
         self._loader = EngineLoader(settings, self.metrics, watcher=fetch_watcher)
@@ -169,6 +170,7 @@ class Core:
         every error carries its stage and the stage times so far.
         """
         with self._holding_slot() as engine, job_logging(job.job_id):
+            # Inside the slot: the first run of the same job may still be under way.
             if (kept := self._results.get(job)) is not None:
                 logger.info("job repeated; kept result returned")
                 return kept
@@ -176,6 +178,7 @@ class Core:
             try:
                 with self._tracking(running):
                     result = self._run_stages(engine, job, running)
+            # BaseException: a job that ends with the process is counted as well.
             except BaseException as error:
                 self.metrics.count_job(running.clock, error)
                 log_job_end(running.clock, error)
@@ -241,6 +244,7 @@ class Core:
         settings, clock = self.settings, running.clock
         with self.work_dir.job_folder() as folder:
             with running.stage("download"):
+                # Checked first, because a full disk in mid-download wastes the whole transfer.
                 check_room(settings.work_dir, settings.min_free_disk_mb)
                 files = fetch_inputs(job, folder, settings, running.should_stop)
             summary = _render(self._session(engine, job, files), running, files, settings)
@@ -313,6 +317,7 @@ def _render(
             session.generate(lambda done, total: running.report("inference", done, total), running.should_stop)
         with running.stage("postprocessing"):
             summary = session.finish()
+    # Frames of a megabyte leave holes in the heap that would stay with the process for weeks.
     release_memory()
     return summary
 

@@ -245,6 +245,7 @@ class Poller:
     def step(self) -> float:
         """Send stored reports, then claim and run a job if the worker is free; return the pause in seconds."""
         self._deliver()
+        # The orchestrator gives a silent worker's job to another one, so a worker it does not know must not claim.
         if not self.heartbeat.is_accepted or self.core.readiness.state != "ready":
             return 0.5
         reply = self._orchestrator.claim()
@@ -255,6 +256,7 @@ class Poller:
             return self._claim_backoff.next_s(reply.retry_after_s)
         self._claim_backoff.reset()
         if claimed is None:
+            # Jitter, so that a fleet started together does not poll in step.
             return self._poll_interval_s * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load, hides nothing
         self._handle(claimed)
         return 0.0
@@ -270,6 +272,7 @@ class Poller:
 
     def _handle(self, claimed: dict[str, Any]) -> None:
         buffer_job_id = claimed.get("buffer_job_id")
+        # Some databases number their jobs; the route takes the number as text.
         if isinstance(buffer_job_id, (int, str)) and not isinstance(buffer_job_id, bool) and str(buffer_job_id):
             buffer_job_id = str(buffer_job_id)
         else:
@@ -278,6 +281,7 @@ class Poller:
             self._stopping.wait(self._claim_backoff.next_s())
             return
         known = self._outcomes.get(buffer_job_id)
+        # A failed job may succeed now, so only a success is repeated.
         if known is not None and known["status"] == "succeeded":
             logger.info("job repeated; known outcome reported", extra={"buffer_job_id": buffer_job_id})
             self._finish(buffer_job_id, known)
@@ -315,6 +319,7 @@ class Poller:
             try:
                 return self.core.run_job(job, on_progress=on_progress)
             except UnavailableError as error:
+                # The job is claimed already: waiting for the slot is cheaper than failing it.
                 if error.details.get("state") != "busy" or self._stopping.wait(0.5):
                     raise
 
@@ -346,6 +351,7 @@ class Poller:
             return
         for path, report in self.outbox.reports():
             reply = self._orchestrator.report(report.buffer_job_id, report.body)
+            # A refusal will not change, except where the key, the rate or the server's state may.
             is_refused = reply.status is not None and 400 <= reply.status < 500
             may_change = reply.is_unauthorised or reply.status in (408, 425, 429)
             too_old = time.time() - report.created > REPORT_LIFETIME_S

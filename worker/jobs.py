@@ -27,6 +27,7 @@ Stage = Literal["download", "validation", "preprocessing", "inference", "postpro
 STAGES: tuple[Stage, ...] = get_args(Stage)
 ALWAYS_REPORTED: tuple[Stage, ...] = ("download", "validation", "inference", "upload")
 
+# Beyond these limits a value is an attack or a mistake; signed addresses reach some kilobytes.
 MAX_ID_LENGTH = 256
 MAX_URL_LENGTH = 8192
 MAX_TEXT_LENGTH = 64
@@ -52,6 +53,7 @@ def param(kind: tuple[Callable[[Any], Any], Schema], meaning: str, *, option: st
 
 def _whole(low: int, high: int) -> tuple[Callable[[Any], int], Schema]:
     def parse(value: Any) -> int:
+        # JSON has one kind of number and JavaScript writes 8.0 as 8, but true is no number.
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError("must be a whole number")
         # The range first: it refuses NaN, infinities and integers too large for a float.
@@ -85,6 +87,7 @@ def _one_of(choices: Any) -> tuple[Callable[[Any], str], Schema]:
     return parse, {"enum": [*allowed, None]}
 
 
+# Far beyond any picture, and small enough for exact arithmetic in float32.
 _MAX_EDGE = 100_000
 
 
@@ -230,6 +233,7 @@ def parse_params(raw: object) -> JobParams:
             values[name] = row.parse(raw[name])
         except ValueError as problem:
             raise RequestError(f"params.{name} {problem}", field=f"params.{name}") from None
+    # Unknown names are not refused: an orchestrator may send parameters of a newer worker.
     ignored = sorted(str(name)[:100] for name in raw if name not in PARAMS)
     return JobParams(**values, ignored=tuple(ignored))
 
@@ -251,6 +255,7 @@ def _address(body: Mapping[Any, Any], name: str) -> str:
         raise RequestError(f"{name} must be an address (http or https)", field=name)
     if len(value) > MAX_URL_LENGTH:
         raise RequestError(f"{name} must not be longer than {MAX_URL_LENGTH} characters", field=name)
+    # Only the form is checked here; the download decides which schemes and hosts are allowed.
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", value.strip()):
         raise RequestError(f"{name} must be an address (http or https)", field=name)
     return value.strip()
@@ -385,6 +390,7 @@ def error_body(error: BaseException, *, job_id: str | None = None) -> tuple[int,
         "status": "failed",
         "error_type": error_type,
         "error_message": message,
+        # Older consumers read `error`, newer ones `error_message`.
         "error": message,
         "stage": stage,
         "details": details,
@@ -393,6 +399,7 @@ def error_body(error: BaseException, *, job_id: str | None = None) -> tuple[int,
     }
     if job_id is not None:
         body["musetalk_job_id"] = job_id
+    # Only unexpected states need a trace; a 422 names the field and a 503 the state.
     if status == 500:
         body["stack_trace"] = _safe_trace(error)
     return status, body
@@ -409,6 +416,7 @@ def stage_times_body(stage_times: Mapping[Any, float]) -> dict[str, float]:
 
 def _safe_trace(error: BaseException) -> str:
     """Function names and line numbers of the trace, without paths, source lines or the texts of errors."""
+    # Answers leave the machine: no paths, no source lines, no text of the error.
     frames = traceback.extract_tb(error.__traceback__)
     where = " > ".join(f"{frame.name}:{frame.lineno}" for frame in frames[-12:])
     return f"{type(error).__name__} at {where}" if where else type(error).__name__

@@ -26,7 +26,9 @@ from worker.telemetry import logger
 
 Status = Literal["idle", "busy"]
 
+# A claim is a few hundred bytes; a gateway's error page is some kilobytes.
 _MAX_REPLY_BYTES = 1_000_000
+# Long enough for every message of ours, short enough for a column of a database.
 _MAX_ERROR_CHARACTERS = 2000
 
 # Stage -> the orchestrator's phase, and the progress (0 to 1) at which it starts.
@@ -38,6 +40,7 @@ _PHASES: dict[Stage, tuple[str, float]] = {
     "postprocessing": ("encoding", 0.9),
     "upload": ("uploading", 0.95),
 }
+# From 0.1 to 0.9: inference takes most of a job's time, and only it reports in steps.
 _INFERENCE_SHARE = 0.8
 
 
@@ -53,6 +56,7 @@ class OrchestratorSettings:
     capacity: int = 1
     config_label: str = "default"
     batch_size: int = 8
+    # Together below the heartbeat's interval of 10 s, so that one slow call does not make a worker look dead.
     connect_timeout_s: float = 3.0
     read_timeout_s: float = 5.0
     total_timeout_s: float = 8.0
@@ -83,6 +87,7 @@ class Reply:
     @property
     def is_final(self) -> bool:
         """Whether a retry is pointless: accepted, or the job is gone or cancelled."""
+        # 404 and 410: the job is gone; 409: it has an outcome already.
         return self.is_accepted or self.status in (404, 409, 410)
 
     def describe(self) -> str:
@@ -122,6 +127,7 @@ class Orchestrator:
         """Report that this worker is alive and whether it runs a job."""
         body = {
             "status": status,
+            # Sent with every heartbeat: an orchestrator that lost its database learns the worker again.
             "gpu_class": self.settings.gpu_class,
             "capacity": self.settings.capacity,
             "error": error,
@@ -140,6 +146,7 @@ class Orchestrator:
         url = f"{self.settings.buffer_base_url}/internal/buffer/jobs/{quote(buffer_job_id, safe='')}/status"
         reply = self._post(url, body)
         known = {name: body.get(name) for name in ("status", "error", "output_url", "metrics")}
+        # An orchestrator with strict schemas refuses the fields that this worker added.
         if reply.status == 422 and known != dict(body):
             reply = self._post(url, known)
         return reply
@@ -182,9 +189,11 @@ class Orchestrator:
         try:
             with session.post(
                 url,
+                # requests would write NaN, which is not JSON.
                 data=json.dumps(body, allow_nan=False).encode(),
                 headers={"Content-Type": "application/json"},
                 timeout=(settings.connect_timeout_s, settings.read_timeout_s),
+                # requests keeps our key header on a redirect to another host.
                 allow_redirects=False,
                 stream=True,
             ) as response:
@@ -223,6 +232,7 @@ def _seconds(text: str | None) -> float | None:
         seconds = float(text) if text else None
     except ValueError:
         return None
+    # A date, a negative number or more than a day is no useful pause.
     return seconds if seconds is not None and 0 <= seconds < 86_400 else None
 
 
@@ -231,6 +241,7 @@ def claimed_job(reply: Reply) -> tuple[dict[str, Any] | None, str | None]:
     if not reply.is_accepted:
         return None, reply.describe()
     body = reply.body
+    # 204 and an empty 200 are the usual ways to say that there is no job.
     if body is None:
         return None, None
     if not isinstance(body, dict) or "job" not in body:
@@ -304,6 +315,7 @@ def completed_update(result: JobResult) -> dict[str, object]:
 def failed_update(body: Mapping[str, object]) -> dict[str, object]:
     """The last progress of a failed attempt; if it is retryable, the job is not finished and stays `running`."""
     text = f"{body['error_type']} at {body['stage']}: {body['error_message']}"[:_MAX_ERROR_CHARACTERS]
+    # The queue runs the job again, so a final `failed` here would contradict a later success.
     if body["retryable"]:
         return {"status": "running", "error": text}
     return {"status": "failed", "phase": "failed", "progress": 0.0, "error": text}
@@ -340,6 +352,7 @@ class ProgressSender:
         update = stage_update(stage, done, total)
         fraction = update["progress"]
         assert isinstance(fraction, float)
+        # A repeated stage must not make the progress bar of a user go back.
         self._highest = max(self._highest, fraction)
         update["progress"] = self._highest
         phase, sent = self._sent
@@ -360,6 +373,7 @@ class ProgressSender:
                 if not reply.is_accepted:
                     logger.warning("last progress rejected", extra={"reason": reply.describe()})
                 return reply.is_accepted
+            # The caller waits for this report, so the pauses stay short.
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
 

@@ -38,6 +38,7 @@ def fetch(url: str, *, pause_s: float = 2.0) -> bytes:
                 return bytes(response.read())
         except urllib.error.HTTPError as error:
             fault = f"HTTP {error.code}"
+            # A refused or missing release stays so.
             if error.code < 500:
                 break
         except OSError as error:
@@ -49,6 +50,7 @@ def checksum_in(text: str) -> str:
     """Read the archive's SHA-256 from a `.sha256` file: bare, or in lines `checksum  file`; raises InstallError."""
     for line in text.splitlines():
         match = re.fullmatch(r"([0-9A-Fa-f]{64})(?:\s+\*?(?:.*/)?(\S+))?", line.strip())
+        # A release may list the checksums of several files in one.
         if match and match[2] in (None, ARCHIVE):
             return match[1].lower()
     raise InstallError(f"{ARCHIVE}.sha256 names no SHA-256 of {ARCHIVE}; give one with SALAD_WORKER_SHA256")
@@ -69,6 +71,7 @@ def install(version: str, folder: Path, *, sha256: str = "", releases: str = REL
         raise InstallError(f"{ARCHIVE} of version {version} has SHA-256 {found}, expected {wanted}")
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as files:
+            # Read as one member instead of unpacked, so that no path in the archive is ever used.
             member = files.extractfile(BINARY)
             content = member.read() if member is not None else b""
     except (KeyError, tarfile.TarError, OSError, EOFError):

@@ -23,6 +23,7 @@ from musetalk.errors import DownloadError
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver = Callable[[str, int], Sequence[str]]
 
+# Signed addresses have one to two kilobytes; servers refuse more than eight.
 MAX_URL_LENGTH = 8192
 DEFAULT_PORTS = {"http": 80, "https": 443}
 

@@ -17,6 +17,7 @@ _KEY_NOTE = "Callers on this machine need no key; others need X-Internal-API-Key
 def document(version: str) -> Json:
     """The whole document, OpenAPI 3.1."""
     return {
+        # 3.1 because its schemas are plain JSON Schema, which the tests validate real bodies with.
         "openapi": "3.1.0",
         "info": {
             "title": "MuseTalk worker",
@@ -47,6 +48,7 @@ def document(version: str) -> Json:
             },
             "securitySchemes": {"key": {"type": "apiKey", "in": "header", "name": "X-Internal-API-Key"}},
         },
+        # The empty entry: callers on the worker's machine need no key.
         "security": [{}, {"key": []}],
     }
 
@@ -54,6 +56,7 @@ def document(version: str) -> Json:
 def job_schema() -> Json:
     """The body of POST /generate."""
     params: Json = {name: {**row.schema, "description": row.meaning.replace("`", "")} for name, row in PARAMS.items()}
+    # `file:` addresses are for tests and closed machines, so they are not part of the public schema.
     address: Json = {"type": "string", "format": "uri", "pattern": "^https?://", "maxLength": MAX_URL_LENGTH}
     return {
         "type": "object",
