@@ -41,4 +41,6 @@ step "shellcheck"; shellcheck ./*.sh tests/*.sh .ci/run
 step "hadolint"; hadolint Dockerfile.worker
 # One process per core, with one thread each: threads of several processes on one core mostly wait for each other.
 export OMP_NUM_THREADS=1
-step "pytest"; python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder
+step "pytest"
+python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=
+printf 'coverage by unit and contract tests, branches included: %s %%\n' "$(coverage report --format=total)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import subprocess
@@ -22,11 +23,12 @@ CONTENT = b"#!/bin/sh\necho the binary\n"
 
 def archive_with(name: str) -> bytes:
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+    with tarfile.open(fileobj=file, mode="w") as archive:
         info = tarfile.TarInfo(name)
         info.size = len(CONTENT)
         archive.addfile(info, io.BytesIO(CONTENT))
-    return file.getvalue()
+    # Without the time of day: test processes compare the names of their tests, which contain the checksum.
+    return gzip.compress(file.getvalue(), mtime=0)
 
 
 GOOD = archive_with(BINARY)

@@ -5,8 +5,8 @@ const by = (id) => document.getElementById(id);
 const chosen = { source: null, audio: null };
 const kindOf = { source: "video", audio: "audio" };
 const stages = {
-  upload_here: "Sending the files", download: "Taking the files", validation: "Looking at the files",
-  preprocessing: "Listening, and finding the face", inference: "Drawing the mouth",
+  upload_here: "Sending the files", download: "Fetching the files", validation: "Checking the files",
+  preprocessing: "Finding the face", inference: "Drawing the mouth",
   postprocessing: "Finishing the video", upload: "Storing the video",
 };
 let running = null;
@@ -121,7 +121,7 @@ by("form").addEventListener("submit", (event) => {
   const missing = ["source", "audio"].filter((name) => !chosen[name]);
   if (missing.length) {
     failed(missing.length === 2 ? "Two files are needed" : "One file is missing",
-      `Choose ${missing.map((name) => (name === "source" ? "a face" : "a speech")).join(" and ")}, or take the demo pair.`, "");
+      `Choose ${missing.map((name) => (name === "source" ? "a face" : "a speech")).join(" and ")}, or use the demo pair.`, "");
     by(missing[0]).focus();
     return;
   }
@@ -143,7 +143,7 @@ function start() {
   request.addEventListener("error", () => {
     stop();
     failed("The worker cannot be reached", "The connection broke before an answer came.",
-      "Is the worker still running? Files larger than it accepts are cut off in this way, too.");
+      "Is the worker still running? It also closes the connection when files are too large.");
   });
   running = { id, request, timer: setInterval(() => poll(id), 400) };
   show("progress");
@@ -189,7 +189,7 @@ by("cancel").addEventListener("click", () => {
     if (answer.status === 404 && running && running.id === id) {
       request.abort();
       stop();
-      failed("Cancelled", "The files were not sent to the end.", "");
+      failed("Cancelled", "The upload was stopped; nothing was stored.", "");
     }
   }).catch(() => {});
 });
@@ -206,7 +206,7 @@ function explain(request, body) {
   if (request.status === 401) {
     show("key-row");
     by("key").focus();
-    return failed("This worker wants its key", "Enter it above and try again.", "");
+    return failed("This worker needs its key", "Enter it above and try again.", "");
   }
   if (request.status === 409) return failed("Cancelled", "The job was stopped; nothing was stored.", "");
   if (request.status === 503) {
@@ -215,7 +215,7 @@ function explain(request, body) {
   }
   const where = body.stage && body.stage !== "unknown" ? ` (while ${(stages[body.stage] || body.stage).toLowerCase()})` : "";
   const title = request.status === 422 || request.status === 413 ? "These files cannot be used" : "The job failed";
-  const advice = body.retryable ? "Trying again may help." : "The same again would end the same way.";
+  const advice = body.retryable ? "A retry may help." : "The same request would fail again.";
   return failed(title, (body.error_message || `The worker answered with status ${request.status}.`) + where, advice);
 }
 
