@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Starts the worker. On a bare machine it first makes .venv/ and installs into it; in the image, where MUSETALK_PYTHON
-# names the interpreter, it just starts. Works from any directory and may be run again after a restart.
+# Start the worker, from any directory. On a bare machine this first makes .venv/ and installs into it. In the image
+# MUSETALK_PYTHON names the interpreter and nothing is installed.
 #   WORKER_PORT=8000 ./run_worker.sh
-#   ./run_worker.sh --demo      starts it, has it make the demo video, prints where that is, ends
-# In queue mode, where Salad's binary is found, it is started beside the server once /hc says ready, and both end
-# together; the server first, because the binary drops the running job on SIGTERM.
+#   ./run_worker.sh --demo      start, make the demo video, print its path, end
+# In queue mode the script also starts Salad's queue binary, if it is installed, once /hc reports ready. When one of the
+# two ends, the script stops the other. On SIGTERM it stops the server first, because the binary would drop the running job.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -21,7 +21,7 @@ if [ "${1:-}" = "--demo" ]; then
   exec "$python" -m demo.show
 fi
 
-# The same reading of environment and .env as the server's; wrong settings end the start here, with their names.
+# The server's own reader of environment and .env. Wrong settings end the start here, with their names.
 facts="$("$python" -m worker.config)"
 fact() { sed -n "s/^$1=//p" <<<"$facts"; }
 mode="$(fact mode)"
@@ -29,8 +29,8 @@ port="$(fact port)"
 queue_worker="$(command -v "$(fact queue_worker)" || true)"
 
 if [ "$mode" != queue ] || [ -z "$queue_worker" ]; then
-  [ "$mode" = queue ] && say "Salad's queue binary is not here: jobs are taken at /generate only"
-  # exec: the server gets the signals itself; a shell as the first process of a container would swallow SIGTERM.
+  [ "$mode" = queue ] && say "Salad's queue binary not found; jobs arrive only at /generate"
+  # exec: the server itself receives the signals. A shell as the first process of a container would swallow SIGTERM.
   exec "$python" -m gunicorn --config gunicorn.conf.py "$@"
 fi
 
@@ -40,7 +40,7 @@ stopping=""
 
 alive() { [ -n "$1" ] && kill -0 "$1" 2>/dev/null; }
 
-# A second signal is passed on as well: the server then aborts.
+# The script passes on a second signal as well: the server then aborts.
 # shellcheck disable=SC2329  # the trap calls it
 on_signal() {
   stopping=1
@@ -51,7 +51,7 @@ trap on_signal TERM INT
 "$python" -m gunicorn --config gunicorn.conf.py "$@" &
 server=$!
 
-# `wait` returns when a trapped signal comes, so it is asked again until the process is gone.
+# `wait` returns early when a trapped signal arrives, so the loop calls it until the process has ended.
 wait_for() {
   local status=0
   while alive "$1"; do wait "$1" && status=0 || status=$?; done

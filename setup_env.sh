@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Makes .venv/ at the project's root and installs into it; shared by run_worker.sh and tests/run.sh.
+# Make .venv/ at the project's root and install into it; run_worker.sh and tests/run.sh call this.
 #   setup_env.sh runtime|dev
-# TORCH_SPEC chooses the torch build (default torch==2.13.0); PYTHON chooses the interpreter.
-# Prints nothing but what is being done; safe to run twice and from two shells at once.
+# TORCH_SPEC names another torch than requirements-torch.txt; PYTHON names the interpreter.
+# Safe to run twice and from two shells at once.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 kind="${1:-runtime}"
-torch_spec="${TORCH_SPEC:-torch==2.13.0}"
+cd "$root"
+torch_spec="${TORCH_SPEC:--r requirements-torch.txt}"
 venv="$root/.venv"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
+
+install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 
 find_python() {
   local candidate
@@ -39,20 +42,20 @@ make_venv() {
   say "making .venv with $("$python" --version)"
   rm -rf "$venv"
   if ! "$python" -m venv "$venv" 2>/dev/null; then
-    # Debian splits the venv module off; without it a half-made folder is left behind.
+    # On Debian the venv module is a package of its own. Without it, venv leaves half a folder behind.
     rm -rf "$venv"
     install_system_packages
     "$python" -m venv "$venv"
   fi
 }
 
-# One at a time: a test run and a worker may be started together on a fresh checkout.
+# One at a time: a test run and a worker may start together on a fresh checkout.
 if command -v flock >/dev/null 2>&1; then
   exec 9>"$root/.venv.lock"
   flock 9
 fi
 
-wanted="$(cat "$root/requirements.txt" "$root/requirements-dev.txt" "$root/requirements-nodeps.txt" | cksum | cut -d' ' -f1)-${torch_spec//[^A-Za-z0-9.=+]/_}"
+wanted="$(cat requirements*.txt | cksum | cut -d' ' -f1)-${torch_spec//[^A-Za-z0-9.=+]/_}"
 stamp="$venv/.installed-$kind"
 if [ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null; then
   for done_stamp in "$stamp" "$venv/.installed-dev"; do
@@ -62,18 +65,15 @@ else
   make_venv
 fi
 
-# The lock pins one torch; TORCH_SPEC may say another, so torch is taken out of the lock and installed by its own line.
-lock="$venv/requirements-locked.txt"
-grep -v '^torch==' "$root/requirements-dev.txt" >"$lock"
-say "installing ($torch_spec, $kind); the first time takes a few minutes"
-# TORCH_SPEC may carry options (an index, for example): word splitting is wanted.
+say "installing ($kind, ${TORCH_SPEC:-torch of requirements-torch.txt}); the first time takes a few minutes"
+# TORCH_SPEC may contain options, such as another index, so the shell splits it into words.
 # shellcheck disable=SC2086
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check $torch_spec
+install $torch_spec
 if [ "$kind" = dev ]; then
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$lock"
+  install -r requirements-dev.txt
 else
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" -c "$lock"
+  install -r requirements.txt -c requirements-dev.txt
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$root/requirements-nodeps.txt"
+install --no-deps -r requirements-nodeps.txt
 printf '%s\n' "$wanted" >"$stamp"
 say "ready"

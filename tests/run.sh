@@ -3,19 +3,25 @@
 #   tests/run.sh                everything
 #   tests/run.sh ARGS...        pytest with these arguments only
 #   tests/run.sh --setup-only   prepare .venv/ and stop
+# PYTHON=python3.10 tests/run.sh runs with the versions of the image.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash setup_env.sh dev
 [ "${1:-}" = "--setup-only" ] && exit 0
 
-# The page is tested in a real browser. Without root those tests are skipped, and the reason names what is missing.
-missing=()
-command -v chromium >/dev/null 2>&1 || missing+=(chromium)
-command -v chromedriver >/dev/null 2>&1 || missing+=(chromium-driver)
+# The page is tested in a real browser. Where it is missing, those tests are skipped and their reason names the program.
+find_missing() {
+  missing=()
+  command -v chromium >/dev/null 2>&1 || missing+=(chromium)
+  command -v chromedriver >/dev/null 2>&1 || missing+=(chromium-driver)
+}
+find_missing
 if [ "${#missing[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
   printf 'setup: installing %s for the tests\n' "${missing[*]}" >&2
   { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-    "${missing[@]}"; } >/dev/null 2>&1 || printf 'setup: %s could not be installed\n' "${missing[*]}" >&2
+    "${missing[@]}"; } >/dev/null 2>&1 || true
+  find_missing
+  [ "${#missing[@]}" = 0 ] || printf 'setup: %s could not be installed\n' "${missing[*]}" >&2
 fi
 
 export PATH="$PWD/.venv/bin:$PATH"

@@ -129,6 +129,7 @@ def test_a_host_that_stays_away_is_given_up(releases: Releases, tmp_path: Path) 
         f"{SUM}\n",
         f"{SUM.upper()}  {ARCHIVE}\n",
         f"{SUM} *{ARCHIVE}",
+        f"{SUM}  build/worker.tar.gz\n",
         f"{'0' * 64}  other.tar.gz\n{SUM}  dist/{ARCHIVE}\n",
     ],
 )
@@ -136,7 +137,7 @@ def test_each_form_of_a_checksum_file_is_read(text: str) -> None:
     assert checksum_in(text) == SUM
 
 
-@pytest.mark.parametrize("text", ["", "<html>not found</html>", SUM[:-1], f"{SUM}  other.tar.gz"])
+@pytest.mark.parametrize("text", ["", "<html>not found</html>", SUM[:-1], f"{SUM}  a.tar.gz\n{SUM}  b.tar.gz"])
 def test_a_file_without_the_archives_checksum_is_refused(text: str) -> None:
     with pytest.raises(InstallError, match="SALAD_WORKER_SHA256"):
         checksum_in(text)

@@ -38,7 +38,6 @@ def fetch(url: str, *, pause_s: float = 2.0) -> bytes:
                 return bytes(response.read())
         except urllib.error.HTTPError as error:
             fault = f"HTTP {error.code}"
-            # A refused or missing release stays so.
             if error.code < 500:
                 break
         except OSError as error:
@@ -47,11 +46,15 @@ def fetch(url: str, *, pause_s: float = 2.0) -> bytes:
 
 
 def checksum_in(text: str) -> str:
-    """Read the archive's SHA-256 from a `.sha256` file: bare, or in lines `checksum  file`; raises InstallError."""
-    for line in text.splitlines():
-        match = re.fullmatch(r"([0-9A-Fa-f]{64})(?:\s+\*?(?:.*/)?(\S+))?", line.strip())
-        # A release may list the checksums of several files in one.
-        if match and match[2] in (None, ARCHIVE):
+    """Read the archive's SHA-256 from a `.sha256` file: bare, or in lines `checksum  file`; raises InstallError.
+
+    A single checksum counts under any name: the release may have built the archive under another one.
+    """
+    lines = [re.fullmatch(r"([0-9A-Fa-f]{64})(?:\s+\*?(?:.*/)?(\S+))?", line.strip()) for line in text.splitlines()]
+    # A release may list the checksums of several files in one.
+    found = [match for match in lines if match]
+    for match in found:
+        if len(found) == 1 or match[2] in (None, ARCHIVE):
             return match[1].lower()
     raise InstallError(f"{ARCHIVE}.sha256 names no SHA-256 of {ARCHIVE}; give one with SALAD_WORKER_SHA256")
 
@@ -71,7 +74,6 @@ def install(version: str, folder: Path, *, sha256: str = "", releases: str = REL
         raise InstallError(f"{ARCHIVE} of version {version} has SHA-256 {found}, expected {wanted}")
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as files:
-            # Read as one member instead of unpacked, so that no path in the archive is ever used.
             member = files.extractfile(BINARY)
             content = member.read() if member is not None else b""
     except (KeyError, tarfile.TarError, OSError, EOFError):
