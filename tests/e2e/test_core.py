@@ -66,7 +66,7 @@ def test_too_little_disk_ends_a_job_before_it_fetches(
 
 
 def test_a_draining_core_takes_nothing(job: dict[str, Any], core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "_is_draining", True)
+    monkeypatch.setattr(core.status, "_is_draining", True)
     with pytest.raises(UnavailableError, match="shutting down"):
         core.run_job(parse_job(job))
     assert core.readiness.state == "draining"
