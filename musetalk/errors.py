@@ -7,14 +7,14 @@
     │   └── RequestError      the request itself: missing or malformed field
     ├── ProcessingError       caused by the worker or something it depends on
     │   ├── WeightsError      a model file is missing, cut short or of another network
-    │   ├── EncodeError       the output could not be written or is not as intended
+    │   ├── EncodeError       the output could not be written or failed its check
     │   ├── DiskFullError     no room left for this job
     │   ├── OutOfMemoryError  the GPU ran out of memory, also at the smallest batch
     │   ├── StorageError      the finished file could not be stored
     │   ├── DeadlineError     a time limit passed
     │   ├── CancelledError    the job was stopped
     │   │   ├── JobCancelledError  by its caller: nobody retries
-    │   │   └── ShutdownError      because the worker ends
+    │   │   └── ShutdownError      because the worker shuts down
     │   ├── GpuLostError      the GPU needs a new process
     │   └── UnavailableError  busy, starting or shutting down
     └── SettingsError         the environment is wrong: the process does not start
@@ -60,7 +60,7 @@ class NoFaceError(MediaError):
 
 
 class RequestError(MediaError):
-    """The request is not one: a field is missing, malformed or out of range."""
+    """The request is invalid: a field is missing, malformed or out of range."""
 
 
 class ProcessingError(MuseTalkError):
@@ -77,7 +77,7 @@ class WeightsError(ProcessingError):
 
 
 class EncodeError(ProcessingError):
-    """The output could not be written, or is not as intended."""
+    """The output could not be written, or failed its check."""
 
     default_retryable = False
 
@@ -103,13 +103,13 @@ class CancelledError(ProcessingError):
 
 
 class JobCancelledError(CancelledError):
-    """The caller cancelled the job; Salad counts the answer as final, so that the job is not run again."""
+    """The caller cancelled the job. Not retryable, so that no queue runs it again."""
 
     default_retryable = False
 
 
 class ShutdownError(CancelledError):
-    """The worker ends before the job does; another one should run it."""
+    """The worker shuts down before the job is finished; another worker should run it."""
 
 
 class GpuLostError(ProcessingError):

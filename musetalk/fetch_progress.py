@@ -1,4 +1,4 @@
-"""Progress of a fetch of weights, for a log or a bar. Knows no network."""
+"""Progress of fetching weights, for a log or a bar. Knows no network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a fetch: bytes of all files and the current file; `n_total` grows where a size is unknown."""
+    """Progress over all files: the current one, bytes received and in total; `n_total` grows if a size is unknown."""
 
     name: str
     n_done: int
@@ -16,12 +16,12 @@ class Progress:
 
     @property
     def percent(self) -> int:
-        """Whole percents; 100 only when all is there."""
+        """Percent received, rounded down, so that 100 means complete."""
         return self.n_done * 100 // self.n_total if self.n_total else 0
 
 
-def every(n_percent: int, report: Callable[[Progress], None]) -> Callable[[Progress], None]:
-    """Wrap `report` so that it is called once per `n_percent` of a fetch, for lines of text instead of a bar."""
+def every_percent(n_percent: int, report: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """Throttle `report` to one call per `n_percent`, for lines of text instead of a bar."""
     reported = 0
 
     def show(progress: Progress) -> None:

@@ -1,8 +1,8 @@
-"""Tensors of a checkpoint that is full of another library's objects, none of which is built or imported.
+"""Reader of checkpoints that contain another library's objects; it builds and imports none of them.
 
-Torch's own protected reader refuses such a file when it meets, say, a subclass of dict. Here every name the file asks
-for is answered by this module alone: tensors and their storages are real, everything else is an inert object that
-ignores its arguments. Knows the format of torch's zip files; nothing of networks.
+Torch's own protected reader refuses such a file as soon as it contains, say, a subclass of dict. This reader resolves
+every name in the file itself: tensors and their storages are real, everything else becomes an inert object that ignores
+its arguments. Knows the format of torch's zip files; nothing of networks.
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ _STORAGES = {
 }
 
 
-# A file that asks for these is no checkpoint of any library.
+# No library's checkpoint needs these modules; a file that names one is an attack and is refused as a whole.
 _HOSTILE_MODULES = {"os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "importlib", "runpy", "ctypes"}
 
 
-class Swallower:
-    """Stands for any class or function of the file: can be called, filled and set, and does nothing."""
+class InertObject:
+    """Stand-in for any class or function of the file: it can be called, filled and set, and does nothing."""
 
-    def __new__(cls, *_args: object, **_options: object) -> Swallower:
-        """An empty stand-in, whatever it is called with."""
+    def __new__(cls, *_args: object, **_options: object) -> InertObject:
+        """Create a stand-in, whatever the arguments are."""
         return super().__new__(cls)
 
     def __init__(self, *_args: object, **_options: object) -> None:
-        """Inert stand-in: accepts every call and keeps nothing."""
+        """Ignore the arguments."""
 
-    def __call__(self, *_args: object, **_options: object) -> Swallower:
-        """Result of an ignored function."""
-        return Swallower()
+    def __call__(self, *_args: object, **_options: object) -> InertObject:
+        """Return the stand-in for the result of a function."""
+        return InertObject()
 
     def __setstate__(self, _state: object) -> None:
-        """Keeps nothing of an object's state."""
+        """Ignore an object's state."""
 
     def __setitem__(self, _key: object, _value: object) -> None:
-        """Keeps nothing of a mapping's items."""
+        """Ignore an item of a mapping."""
 
     def append(self, _item: object) -> None:
-        """Keeps nothing of a list's item."""
+        """Ignore an item of a list."""
 
     def extend(self, _items: object) -> None:
-        """Keeps nothing of a list's items."""
+        """Ignore items of a list."""
 
     add = append
     update = extend
 
 
 class _Reader(pickle.Unpickler):
-    """Answers every global itself; `find_class` of the base, which imports, is never reached."""
+    """Unpickler that resolves every global itself; the base's `find_class`, which imports, is never called."""
 
     def __init__(self, file: io.BytesIO, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(file)
@@ -75,9 +75,9 @@ class _Reader(pickle.Unpickler):
         self._storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few names that make tensors and plain dictionaries; a Swallower for all others.
+        """Return the real function for the few names that build tensors and plain dictionaries, else InertObject.
 
-        Raises UnpicklingError for names that reach for the machine.
+        Raises UnpicklingError for names of modules that reach the operating system.
         """
         known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): OrderedDict,
@@ -88,10 +88,10 @@ class _Reader(pickle.Unpickler):
             raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which no checkpoint needs")
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
-        return known.get((module, name), Swallower)
+        return known.get((module, name), InertObject)
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """The elements (n,) of a storage, by its ("storage", type, key, device, n)."""
+        """Return elements (n,) of a storage by its id ("storage", dtype, key, device, n); raises UnpicklingError."""
         kind, dtype, key, _device, n_elements = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isdigit():
             raise pickle.UnpicklingError("the file refers to something that is no storage")
@@ -110,7 +110,10 @@ class _Reader(pickle.Unpickler):
 def rebuild_tensor(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_rest: object
 ) -> Tensor:
-    """The tensor of shape `size` at element `offset` of a storage (n,); raises UnpicklingError when it leaves it."""
+    """Return the view of shape `size` that begins at element `offset` of `storage` (n,); `stride` counts elements.
+
+    Raises UnpicklingError if the view leaves the storage.
+    """
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or any(type(number) is not int or number < 0 for number in numbers):
         raise pickle.UnpicklingError("a tensor's size or stride makes no sense")
@@ -127,7 +130,7 @@ def _parameter(data: Tensor, *_rest: object) -> Tensor:
 def read_foreign(path: Path) -> object:
     """Read the zip file `path` that torch saved; every object that is neither tensor nor plain value becomes inert.
 
-    Raises zipfile.BadZipFile, KeyError or pickle.UnpicklingError (and what pickle raises for damaged files).
+    Raises zipfile.BadZipFile, KeyError, pickle.UnpicklingError, and whatever pickle raises for damaged bytes.
     """
     with zipfile.ZipFile(path) as archive:
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]

@@ -1,6 +1,6 @@
-"""Manifest of the weight files: source, size and checksum of each; and the record of a folder's files.
+"""Manifest of the weight files: source, size and checksum of each; and the record of the files in a folder.
 
-Layout and figures: docs/model.md#weight-files. Knows no tensors, no network and no address but the one written here.
+Layout and figures: docs/model.md#weight-files. Knows no tensors and makes no request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from musetalk.files import replacing
 ModelVersion = Literal["v15", "v1", "demo"]
 OFFICIAL: tuple[ModelVersion, ...] = ("v15", "v1")
 
-# What `convert` makes of a checkpoint's numbers. The face networks run in float32, so they are stored in it.
+# Precision of a converted file: float16, or float32 for the face networks, which run in it.
 Precision = Literal["half", "full"]
 
 
@@ -27,8 +27,8 @@ Precision = Literal["half", "full"]
 class WeightFile:
     """One file of the official layout; `n_bytes` and `sha256` (full, or its first digits) where they are known.
 
-    `repo`, `repo_path` and `revision` (None: main) say where the hub keeps it, `url` where another site does.
-    `precision` is None for what is no checkpoint; `keeps` are the prefixes of the keys that are used (empty: all).
+    `repo`, `repo_path` and `revision` (None: main) are its place on the hub, `url` its place on another site.
+    `precision` is None for a file that is no checkpoint; `keeps` are the prefixes of the keys in use (empty: all).
     """
 
     name: str
@@ -119,9 +119,9 @@ MANIFEST: tuple[WeightFile, ...] = (
         keeps=("model.encoder.", "encoder."),
     ),
     WeightFile(
-        # Without it the sound is read with its published values.
+        # Optional: without the file its published values apply.
         name="whisper/preprocessor_config.json",
-        purpose="how Whisper wants its sound",
+        purpose="sound parameters of Whisper",
         repo=_WHISPER,
         repo_path="preprocessor_config.json",
         is_needed=False,
@@ -157,8 +157,8 @@ MANIFEST: tuple[WeightFile, ...] = (
     ),
 )
 
-# Other places and names the same file is found under, tried in this order after the official one.
-ALSO: dict[str, tuple[str, ...]] = {
+# Other names under which the same file is found, tried in this order after the official one.
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "sd-vae/diffusion_pytorch_model.bin": ("sd-vae/diffusion_pytorch_model.safetensors",),
     "whisper/pytorch_model.bin": ("whisper/model.safetensors",),
     S3FD: (
@@ -173,27 +173,27 @@ ALSO: dict[str, tuple[str, ...]] = {
 }
 
 
-def places(models_dir: Path, name: str) -> list[Path]:
-    """Every path that `name` of the official layout may be read from, the preferred one first."""
+def candidate_paths(models_dir: Path, name: str) -> list[Path]:
+    """Return every path from which `name` of the official layout may be loaded, the preferred one first."""
     official = models_dir / name
     candidates = [official]
     if official.suffix != ".json":
         candidates.insert(0, official.with_suffix(".safetensors"))
-    return list(dict.fromkeys([*candidates, *(models_dir / other for other in ALSO.get(name, ()))]))
+    return list(dict.fromkeys([*candidates, *(models_dir / other for other in OTHER_NAMES.get(name, ()))]))
 
 
-def find(models_dir: Path, name: str) -> Path | None:
-    """The path that `name` is loaded from; None when it is nowhere."""
-    return next((path for path in places(models_dir, name) if path.is_file()), None)
+def find_file(models_dir: Path, name: str) -> Path | None:
+    """Return the path from which `name` of the official layout is loaded; None if there is no file."""
+    return next((path for path in candidate_paths(models_dir, name) if path.is_file()), None)
 
 
-def wanted(manifest: Sequence[WeightFile], version: ModelVersion) -> list[WeightFile]:
-    """The files of one version."""
+def files_of(manifest: Sequence[WeightFile], version: ModelVersion) -> list[WeightFile]:
+    """Return the manifest's entries of one version."""
     return [entry for entry in manifest if version in entry.versions]
 
 
 def with_s3fd_url(manifest: Sequence[WeightFile], url: str) -> tuple[WeightFile, ...]:
-    """The manifest with another address for the one file that is not on the hub; unchanged when `url` is empty."""
+    """Return the manifest with another address of S3FD, the one file outside the hub; an empty `url` keeps it."""
     if not url:
         return tuple(manifest)
     return tuple(replace(entry, url=url) if entry.name == S3FD else entry for entry in manifest)
@@ -206,9 +206,9 @@ RECORD_NAME = "weights.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """Entry of a file that this project wrote: size, checksum, and source.
+    """Record of one file in a folder: size, SHA-256, and source.
 
-    `commit` is the hub's; `made_from` is the checksum of the checkpoint that a converted file was made from.
+    `commit` is the hub's; `made_from` is the SHA-256 of the checkpoint from which a converted file was made.
     """
 
     n_bytes: int
@@ -218,23 +218,24 @@ class Recorded:
 
 
 def read_record(models_dir: Path) -> dict[str, Recorded]:
-    """The record of `models_dir` by file name; empty where there is none or it cannot be read."""
+    """Read the record of `models_dir` by file name; empty if there is none or it is damaged."""
     try:
         raw = json.loads((models_dir / RECORD_NAME).read_text(encoding="utf-8"))
         known = {field.name for field in fields(Recorded)}
         return {
-            str(name): Recorded(**{key: value for key, value in facts.items() if key in known})
-            for name, facts in raw["files"].items()
+            # Unknown keys may come from a later version of this project.
+            str(name): Recorded(**{key: value for key, value in stats.items() if key in known})
+            for name, stats in raw["files"].items()
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
 
 
 def write_record(models_dir: Path, record: Mapping[str, Recorded]) -> None:
-    """Replace the record at once; raises WeightsError when the folder does not take it."""
+    """Replace the record as a whole; raises WeightsError if the folder cannot be written to."""
     files = {
-        name: {key: value for key, value in asdict(facts).items() if value is not None}
-        for name, facts in sorted(record.items())
+        name: {key: value for key, value in asdict(recorded).items() if value is not None}
+        for name, recorded in sorted(record.items())
     }
     try:
         with replacing(models_dir / RECORD_NAME) as part:
@@ -244,7 +245,7 @@ def write_record(models_dir: Path, record: Mapping[str, Recorded]) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """Return the SHA-256 of a file in hexadecimal, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -252,8 +253,8 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def in_words(n_bytes: int) -> str:
-    """A size for a person: `3.40 GB`, `53.3 MB`, `748 bytes`."""
+def readable_size(n_bytes: int) -> str:
+    """Format a size for a person: `3.40 GB`, `53.3 MB`, `748 bytes`."""
     if n_bytes >= 10**9:
         return f"{n_bytes / 10**9:.2f} GB"
     return f"{n_bytes / 10**6:.1f} MB" if n_bytes >= 10**6 else f"{n_bytes:,} bytes"

@@ -1,7 +1,7 @@
-"""Weight files: where they lie, and how they become tensors without running anything in them.
+"""Weight files: their paths, and their tensors, read without running any code stored in them.
 
-A file that is missing, cut short or of another network is one WeightsError that names it, what was expected and how to
-get it. Knows no networks. `python -m musetalk.weights` fetches, verifies and converts them.
+A file that is missing, cut short or of another network raises one WeightsError with its name, the expected file and its
+source. Knows no networks. `python -m musetalk.weights` fetches, verifies and converts the files.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from musetalk.errors import WeightsError
 from musetalk.foreign_pickle import read_foreign
-from musetalk.manifest import ALSO, MANIFEST, ModelVersion, WeightFile, find
+from musetalk.manifest import MANIFEST, OFFICIAL, OTHER_NAMES, ModelVersion, WeightFile, find_file
 
 __all__ = ["MANIFEST", "ModelFiles", "ModelVersion", "WeightFile"]
 
-# Characters of a library's message that are passed on: room for the keys that do not fit a network.
+# Characters of a library's message that go into an error: enough for the keys that do not fit a network.
 _MESSAGE_LIMIT = 600
 
-# What torch's readers raise on bytes that are no checkpoint, or that end within one.
+# Raised by torch's readers for bytes that are no checkpoint or only the beginning of one.
 _UNREADABLE = (
     RuntimeError,
     OSError,
@@ -50,7 +50,7 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Paths of the files of one version; the demo has no face networks of its own."""
+    """Paths of the files of one version; None where the demo has no network of its own."""
 
     unet: Path
     unet_config: Path
@@ -71,15 +71,17 @@ def locate(models_dir: Path, version: ModelVersion) -> ModelFiles:
     for entry in MANIFEST:
         if version not in entry.versions:
             continue
-        path = find(models_dir, entry.name)
+        path = find_file(models_dir, entry.name)
         if path is not None:
             found[entry.purpose] = path
         elif entry.is_needed:
             missing.append(entry)
     if missing:
+        # The demo model ships with the project; its files cannot be fetched.
+        advice = f"; run python -m musetalk.weights fetch --version {version}" if version in OFFICIAL else ""
         lines = "; ".join(f"{entry.name} ({expected(entry)})" for entry in missing)
         raise WeightsError(
-            f"{len(missing)} of the model files are missing under the models folder: {lines}",
+            f"{len(missing)} of the model files are missing under the models folder: {lines}{advice}",
             missing=[entry.name for entry in missing],
         )
     unet = "UNet of MuseTalk v1.0" if version == "v1" else "UNet of MuseTalk v1.5"
@@ -96,12 +98,12 @@ def locate(models_dir: Path, version: ModelVersion) -> ModelFiles:
 
 
 def has_any(models_dir: Path) -> bool:
-    """Whether any file of the official layout exists: then a missing one is a mistake and not a choice."""
-    return any(find(models_dir, entry.name) is not None for entry in MANIFEST)
+    """Whether any file of the official layout exists; then a missing one is a mistake, not a choice of the demo."""
+    return any(find_file(models_dir, entry.name) is not None for entry in MANIFEST)
 
 
 def find_weights(folder: Path, names: tuple[str, ...]) -> Path:
-    """The first of `names` that exists in `folder`; raises WeightsError that lists them."""
+    """Return the first of `names` that exists in `folder`; raises WeightsError that lists them."""
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -109,121 +111,124 @@ def find_weights(folder: Path, names: tuple[str, ...]) -> Path:
 
 
 def expected(entry: WeightFile) -> str:
-    """Size, purpose and source of a file, for messages."""
+    """Describe the size, purpose and source of a file, for messages."""
     size = f"{entry.n_bytes:,} bytes, " if entry.n_bytes else ""
     return f"{size}{entry.purpose}, from {entry.source}"
 
 
 def _advice(path: Path) -> str:
-    """The manifest's description of a file, for messages."""
+    """Describe the file that the manifest expects at `path`, for messages; empty if it expects none."""
     namesakes: list[WeightFile] = []
     for entry in MANIFEST:
-        places = [Path(place) for place in (entry.name, *ALSO.get(entry.name, ()))]
+        places = [Path(place) for place in (entry.name, *OTHER_NAMES.get(entry.name, ()))]
         if any((place.parent.name, place.stem) == (path.parent.name, path.stem) for place in places):
             return f"; expected {expected(entry)}"
         if any(place.stem == path.stem for place in places):
             namesakes.append(entry)
-    # Several folders have a `pytorch_model.bin`: without its folder the name says nothing.
+    # Several folders have a `pytorch_model.bin`, so that the name alone does not identify the file.
     return f"; expected {expected(namesakes[0])}" if len(namesakes) == 1 else ""
 
 
-def broken(path: Path, what: str) -> WeightsError:
+def _file_error(path: Path, what: str) -> WeightsError:
+    """Return the error for a bad file: its folder and name, what is wrong, and the expected file."""
     label = f"{path.parent.name}/{path.name}"
-    # A library's message may quote the path.
+    # A library's message may contain the whole path, which callers must not see.
     what = what.replace(str(path), label)
     return WeightsError(f"{label} {what}{_advice(path)}", file=label)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON configuration without the entries that start with an underscore; raises WeightsError."""
+    """Read a JSON configuration, without the entries that start with an underscore; raises WeightsError."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise broken(path, "is missing") from None
+        raise _file_error(path, "is missing") from None
     except (OSError, ValueError) as error:
-        raise broken(path, f"is not a readable JSON file ({type(error).__name__})") from None
+        raise _file_error(path, f"is not a readable JSON file ({type(error).__name__})") from None
     if not isinstance(raw, dict):
-        raise broken(path, "is not a JSON object")
+        raise _file_error(path, "is not a JSON object")
     return {key: value for key, value in raw.items() if not key.startswith("_")}
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by key, in their stored shapes and types, on the CPU.
 
-    The file is `.safetensors`, or torch's own format with any extension.
+    The file is `.safetensors`, or torch's own format with any suffix.
 
     One level of wrapping (`state_dict`, `model`, `unet`) is removed, and so is a common prefix `module.` or `unet.`.
-    Nothing stored in the file is executed: tensors are read, every other object becomes an inert stub.
+    No code stored in the file is executed: tensors are read, every other object becomes inert.
     Raises WeightsError for a missing, cut or foreign file, and for tensors that are not plain finite numbers.
     """
     if not path.is_file():
-        raise broken(path, "is missing")
-    refuse_what_is_no_checkpoint(path)
+        raise _file_error(path, "is missing")
+    reject_non_checkpoint(path)
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    state = _unwrapped(raw)
+    state = _unwrap(raw)
     if not state:
-        raise broken(path, "contains no tensors")
-    _refuse_unusable(path, state)
+        raise _file_error(path, "contains no tensors")
+    _reject_unusable(path, state)
     return state
 
 
-def refuse_what_is_no_checkpoint(path: Path) -> None:
-    """Describe a file that a failed download left instead of weights."""
+def reject_non_checkpoint(path: Path) -> None:
+    """Raise WeightsError for what a failed download leaves: an empty file, a web page, a git-lfs pointer."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise broken(path, f"cannot be read ({error.strerror})") from None
+        raise _file_error(path, f"cannot be read ({error.strerror})") from None
     if size == 0:
-        raise broken(path, "is empty")
+        raise _file_error(path, "is empty")
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise broken(path, "is a web page, not weights: the download was answered with an error page")
+        raise _file_error(path, "is a web page, not weights: the server answered the download with an error page")
     if text.startswith(b"version https://git-lfs"):
-        raise broken(path, "is a git-lfs pointer, not the weights themselves: run git lfs pull or download the file")
+        raise _file_error(
+            path, "is a git-lfs pointer, not the weights themselves: run git lfs pull or download the file"
+        )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path, device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        raise broken(path, f"is cut short or not a safetensors file ({error})") from None
+        raise _file_error(path, f"is cut short or not a safetensors file ({error})") from None
 
 
 def _read_torch(path: Path) -> object:
     try:
         is_zip = zipfile.is_zipfile(path)
     except zipfile.BadZipFile as error:
-        raise broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
+        raise _file_error(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
     if not is_zip:
         with path.open("rb") as file:
             magic = file.read(4)
         if magic == b"PK\x03\x04":
-            raise broken(path, f"is cut short: it has {path.stat().st_size:,} bytes and its end is missing")
+            raise _file_error(path, f"is cut short: it has {path.stat().st_size:,} bytes and its end is missing")
         return _read_legacy(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        # A checkpoint that drags objects of its training library along: read without building any of them.
+        # The checkpoint also contains objects of its training library; this reader builds none of them.
         try:
             return read_foreign(path)
         except (*_UNREADABLE, MemoryError) as error:
-            raise broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
+            raise _file_error(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
     except _UNREADABLE as error:
-        raise broken(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
+        raise _file_error(path, f"cannot be read as a torch checkpoint ({_cause(error)})") from None
 
 
 def _read_legacy(path: Path) -> object:
-    """Checkpoints from before torch 1.6: a sequence of pickles and raw storages."""
+    """Read a checkpoint from before torch 1.6: a sequence of pickles and raw storages."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        raise broken(path, f"is no torch checkpoint, or cut short ({_cause(error)})") from None
+        raise _file_error(path, f"is not a torch checkpoint, or is cut short ({_cause(error)})") from None
 
 
 def _cause(error: BaseException) -> str:
-    """The cause of an error of torch's reader, without its advice to load without protection."""
+    """Describe an error of torch's reader, without its advice to load the file unprotected."""
     if isinstance(error, pickle.UnpicklingError) and error.__context__ is not None:
         error = error.__context__
     return type(error).__name__ if isinstance(error, LookupError) else _first_line(error).partition(". ")[0]
@@ -234,7 +239,7 @@ def _first_line(error: BaseException) -> str:
     return text[0][:_MESSAGE_LIMIT] if text else type(error).__name__
 
 
-def _unwrapped(raw: object) -> dict[str, Tensor]:
+def _unwrap(raw: object) -> dict[str, Tensor]:
     if not isinstance(raw, Mapping):
         return {}
     for name in ("state_dict", "model", "unet"):
@@ -249,29 +254,29 @@ def _unwrapped(raw: object) -> dict[str, Tensor]:
     return state
 
 
-def _refuse_unusable(path: Path, state: Mapping[str, Tensor]) -> None:
+def _reject_unusable(path: Path, state: Mapping[str, Tensor]) -> None:
     n_bytes = path.stat().st_size
     for key, value in state.items():
         plain = value.layout == torch.strided and value.device.type == "cpu"
         if not plain or value.is_quantized or value.is_nested or value.is_complex():
-            raise broken(path, f"contains something other than plain numbers (in {key})")
+            raise _file_error(path, f"contains something other than plain numbers (in {key})")
         if value.numel() * value.element_size() > n_bytes:
-            # One stored number may be declared to fill any shape; copying that would fill the memory.
-            raise broken(path, f"declares a tensor that is larger than the file (in {key})")
+            # With a stride of 0 one stored number fills any shape; copying that could exhaust the memory.
+            raise _file_error(path, f"declares a tensor that is larger than the file (in {key})")
         if value.is_floating_point() and value.numel() and not _is_finite(value):
-            raise broken(path, f"contains values that are not finite (in {key})")
+            raise _file_error(path, f"contains values that are not finite (in {key})")
 
 
 def _is_finite(values: Tensor) -> bool:
-    """Whether all values are finite as float32: one pass without a copy; NaN becomes both extremes."""
+    """Whether all values are finite as float32: one pass without a copy; a NaN makes both extremes NaN."""
     least, greatest = torch.aminmax(values if values.element_size() > 1 else values.float())
     return math.isfinite(least.float().item()) and math.isfinite(greatest.float().item())
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load `state` into `module`; every key and shape must fit.
+    """Load `state` into `module`; all keys and shapes must match.
 
-    Raises WeightsError with the counts and the first keys that do not.
+    Raises WeightsError with the number of keys that do not match, and the first of them.
     """
     own = module.state_dict()
     missing = sorted(own.keys() - state.keys())
@@ -292,7 +297,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> 
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Turn errors of libraries while they read `name` into WeightsError that names the file."""
+    """Translate the errors of libraries that read `name` into WeightsError with the file's name."""
     try:
         yield
     except WeightsError:
@@ -304,6 +309,5 @@ def loading(name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    # The command reads settings, which the model must not know. It is started by name, as the shell would, so that this
-    # module imports nothing above it.
+    # The command reads settings, which the model must not know. Starting it by name avoids an import of a higher layer.
     runpy.run_module("worker.cli.weights", run_name="__main__")

@@ -171,11 +171,11 @@ def test_every_row_of_the_tables_names_a_module() -> None:
     assert {part for part in parts if not any(covers(part, name) for name in OURS)} == set()
 
 
-def test_one_module_of_the_model_reaches_the_network() -> None:
+def test_only_the_fetching_of_weights_reaches_the_network() -> None:
     # The hub's client serves the one file elsewhere as well, so `requests` stays out of the model altogether.
     ways_out = {"huggingface_hub", "httpx", "httpx2", "requests", "urllib3", "urllib", "http", "socket"}
     found = {path.name for path in MODEL_FILES if imported(path) & ways_out}
-    assert found == {"fetching.py"}
+    assert found == {"fetching.py", "remote_files.py"}
 
 
 # The probe starts a process and hands it the variables its libraries are found by, and no others.

@@ -240,11 +240,11 @@ class EngineLoader:
     def _fetch_weights(self, version: ModelVersion) -> None:
         """Fetch into the models folder, with progress in the log and in `state`; raises WeightsError."""
         from musetalk import manifest
-        from musetalk.fetch_progress import Watcher, every
+        from musetalk.fetch_progress import Watcher, every_percent
         from musetalk.fetching import fetch
 
         settings = self._settings
-        watcher = self._watcher or Watcher(logger.info, every(_LOG_PERCENT, _log_fetched))
+        watcher = self._watcher or Watcher(logger.info, every_percent(_LOG_PERCENT, _log_fetched))
 
         def show(progress: Progress) -> None:
             self.state = f"fetching the weights: {progress.percent} %"

@@ -32,7 +32,7 @@ UNET, UNET_AT = "musetalkV15/unet.pth", "TMElyralab/MuseTalk/musetalkV15/unet.pt
 
 @pytest.fixture
 def hub(tiny_models: Path) -> Iterator[FakeHub]:
-    """A hub that holds the tiny models."""
+    """A hub that serves the tiny models."""
     with FakeHub() as fake:
         fake.serve_all(tiny_models)
         yield fake
@@ -73,10 +73,11 @@ class Command:
         )
 
     def run(self, *arguments: str, status: int = 0) -> str:
-        """What it said; fails on another status, and on a secret in it."""
+        """Run it and return its output; see `end`."""
         return self.end(self.start(*arguments), status)
 
     def end(self, process: subprocess.Popen[str], status: int) -> str:
+        """Wait for the process; return its output, after checking its status and that no secret is in it."""
         text, _ = process.communicate(timeout=120)
         assert process.returncode == status, text
         for secret in (TOKEN, SIGNATURE, "http:", "Traceback"):
@@ -89,7 +90,7 @@ def command(hub: FakeHub, small: Path, tmp_path: Path) -> Command:
     return Command(hub, small, tmp_path)
 
 
-def test_fetch_convert_verify_and_never_the_network_again(command: Command, hub: FakeHub) -> None:
+def test_after_fetch_and_convert_no_command_needs_the_network(command: Command, hub: FakeHub) -> None:
     assert "missing    musetalkV15/unet.pth" in command.run("verify", status=1)
     hub.gated.add("yzd-v/DWPose/dw-ll_ucoco_384.pth")
     text = command.run("fetch", "--version", "v15", "--convert", "--remove-originals")
@@ -107,17 +108,17 @@ def test_fetch_convert_verify_and_never_the_network_again(command: Command, hub:
     assert "cut short  musetalkV15/unet.safetensors" in command.run("verify", status=1)
 
 
-def test_an_interrupt_leaves_what_the_next_run_resumes(command: Command, hub: FakeHub) -> None:
+def test_the_next_run_resumes_after_an_interrupt(command: Command, hub: FakeHub) -> None:
     hub.orders[UNET_AT] = [Order(cut_after=5000, holds=True)]
     process = command.start("fetch")
     assert hub.is_held.wait(60)
-    # What was sent is in the file before the interrupt: only then does its size say what was kept.
+    # The interrupt comes only after the sent bytes are in the file, so that its size shows what was kept.
     part = _grown(command.models_dir, 5000)
     process.send_signal(signal.SIGINT)
     assert "stopped; run the same command again" in command.end(process, 130)
     assert not (command.models_dir / UNET).exists()
     assert part.stat().st_size == 5000
-    hub.go_on.set()
+    hub.release.set()
     hub.seen.clear()
     command.run("fetch")
     assert [seen.headers.get("range") for seen in hub.requests_for("unet.pth")] == ["bytes=5000-"]
@@ -132,10 +133,10 @@ def _grown(models_dir: Path, n_bytes: int) -> Path:
     return parts()[0]
 
 
-def test_a_full_disk_is_one_sentence_and_what_came_is_kept(command: Command, tiny_models: Path) -> None:
+def test_a_full_disk_is_reported_and_the_received_bytes_are_kept(command: Command, tiny_models: Path) -> None:
     size = (tiny_models / UNET).stat().st_size
     text = command.run("--largest-file", str(size // 2), "fetch", status=1)
-    assert f"error: the disk is full: {UNET} needs {manifest.in_words(size)}, of which" in text
+    assert f"error: the disk is full: {UNET} needs {manifest.readable_size(size)}, of which" in text
     assert list(command.models_dir.rglob("*.part"))
     command.run("fetch")
 
@@ -144,11 +145,11 @@ def test_a_gated_repository_is_named_and_the_token_is_not(command: Command, hub:
     hub.gated.add("yzd-v/DWPose/dw-ll_ucoco_384.pth")
     command.environment["HF_TOKEN"] = "hf_of_somebody_else"
     text = command.run("fetch", status=1)
-    assert "error: dwpose/dw-ll_ucoco_384.pth: Hugging Face yzd-v/DWPose answered 401: it is gated" in text
+    assert "error: dwpose/dw-ll_ucoco_384.pth: Hugging Face yzd-v/DWPose answered 401: the file is gated" in text
     assert "somebody" not in text
 
 
-def test_the_command_is_reached_by_its_name(tmp_path: Path) -> None:
+def test_the_command_is_the_module_of_the_weights(tmp_path: Path) -> None:
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     done = subprocess.run(
         [sys.executable, "-m", "musetalk.weights", "verify", "--models-dir", str(tmp_path)],
@@ -169,7 +170,7 @@ def test_the_command_is_reached_by_its_name(tmp_path: Path) -> None:
 
 @pytest.fixture
 def start(hub: FakeHub, small: Path, tmp_path: Path) -> Iterator[Any]:
-    """Starts workers that know the small manifest, with an empty models folder."""
+    """Function that starts workers with the small manifest and an empty models folder."""
     servers: list[Server] = []
     configuration = tmp_path / "small.conf.py"
     configuration.write_text(
@@ -199,14 +200,14 @@ def start(hub: FakeHub, small: Path, tmp_path: Path) -> Iterator[Any]:
         return server
 
     yield run
-    hub.go_on.set()
+    hub.release.set()
     for server in servers:
         server.stop()
         assert TOKEN not in server.log_text()
         assert SIGNATURE not in server.log_text()
 
 
-def test_a_first_start_fetches_says_how_far_and_becomes_ready(
+def test_a_first_start_fetches_reports_progress_and_becomes_ready(
     start: Any, hub: FakeHub, tiny_models: Path, tmp_path: Path
 ) -> None:
     size = (tiny_models / UNET).stat().st_size
@@ -215,17 +216,17 @@ def test_a_first_start_fetches_says_how_far_and_becomes_ready(
     assert hub.is_held.wait(60)
     _grown(tmp_path / "models", size // 2)
     body = server.wait_for(503)
-    # Half of the largest file is there, and all that come before it: none.
+    # Half of the largest file has arrived; it is the first one.
     total = sum(entry.n_bytes or 0 for entry in manifest_of(tiny_models))
     assert body["reason"] == f"fetching the weights: {size // 2 * 100 // total} %"
     assert body["status"] == "starting"
-    hub.go_on.set()
+    hub.release.set()
     assert server.wait_for(200)["model"] == "v15"
     assert server.entries("fetching the weights")[-1]["percent"] == 100
     assert len(server.entries("weights fetched")) == 1
 
 
-def test_a_fetch_that_fails_fails_the_start_with_its_reason(start: Any, hub: FakeHub) -> None:
+def test_a_failed_fetch_fails_the_start_with_its_reason(start: Any, hub: FakeHub) -> None:
     del hub.files[UNET_AT]
     server = start()
     server.wait_for(503)
@@ -238,9 +239,11 @@ def test_a_fetch_that_fails_fails_the_start_with_its_reason(start: Any, hub: Fak
 
 @pytest.fixture
 def core_of(hub: FakeHub, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A core in this process with an empty models folder, on a machine with or without a card."""
-    from musetalk import fetching
+    """Function that makes a core in this process, with an empty models folder, with or without a GPU."""
+    from musetalk import fetching, weights
 
+    # Bound now to the official manifest, whichever test imports the module first.
+    assert weights.MANIFEST is manifest.MANIFEST
     monkeypatch.setattr(manifest, "MANIFEST", manifest.MANIFEST)
     monkeypatch.setattr(fetching, "fetch", fetching.fetch)
     install(small)
@@ -248,7 +251,7 @@ def core_of(hub: FakeHub, small: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
     template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    # The card is there, and what stands for it is the CPU.
+    # The CPU stands in for the GPU.
     monkeypatch.setattr(devices, "choose_device", lambda _wanted: torch.device("cpu"))
 
     def make(has_gpu: bool, watcher: Watcher | None = None, **environment: str) -> Core:
@@ -270,7 +273,7 @@ def core_of(hub: FakeHub, small: Path, tmp_path: Path, monkeypatch: pytest.Monke
     return make
 
 
-def test_a_gpu_and_no_weights_means_that_they_are_fetched(core_of: Any, hub: FakeHub) -> None:
+def test_with_a_gpu_missing_weights_are_fetched_once(core_of: Any, hub: FakeHub) -> None:
     core = core_of(True)
     core.load()
     assert core.readiness.model == "v15"
@@ -280,7 +283,7 @@ def test_a_gpu_and_no_weights_means_that_they_are_fetched(core_of: Any, hub: Fak
     assert (again.readiness.model, len(hub.seen)) == ("v15", n_seen)
 
 
-def test_somebody_who_waits_sees_it_come_in(core_of: Any) -> None:
+def test_a_watcher_gets_messages_and_progress(core_of: Any) -> None:
     said, percents = list[str](), list[int]()
     core = core_of(True, Watcher(said.append, lambda progress: percents.append(progress.percent)))
     core.load()
@@ -289,7 +292,7 @@ def test_somebody_who_waits_sees_it_come_in(core_of: Any) -> None:
     assert core.readiness.state == "ready"
 
 
-def test_what_is_missing_of_a_folder_is_fetched_too(core_of: Any, hub: FakeHub, tiny_models: Path) -> None:
+def test_one_missing_file_of_a_folder_is_fetched(core_of: Any, hub: FakeHub, tiny_models: Path) -> None:
     core = core_of(True, MUSETALK_MODEL="v15")
     core.load()
     (core.settings.models_dir / UNET).unlink()
@@ -299,7 +302,7 @@ def test_what_is_missing_of_a_folder_is_fetched_too(core_of: Any, hub: FakeHub, 
 
 
 def choose_model(core: Core) -> tuple[str, Path]:
-    """What the loading of `core` would take."""
+    """Model and folder that `core` would load."""
     return EngineLoader(core.settings, core.metrics).choose_model()
 
 
@@ -307,7 +310,7 @@ def choose_model(core: Core) -> tuple[str, Path]:
     ("has_gpu", "environment"),
     [(False, {}), (True, {"MUSETALK_FETCH_WEIGHTS": "0"}), (True, {"MUSETALK_DEVICE": "cpu"})],
 )
-def test_otherwise_the_demo_runs_and_nobody_is_asked(
+def test_otherwise_the_demo_runs_without_a_request(
     core_of: Any, hub: FakeHub, has_gpu: bool, environment: dict[str, str]
 ) -> None:
     core = core_of(has_gpu, **environment)
@@ -317,13 +320,13 @@ def test_otherwise_the_demo_runs_and_nobody_is_asked(
     assert hub.seen == []
 
 
-def test_the_demo_that_was_asked_for_is_never_fetched_for(core_of: Any, hub: FakeHub) -> None:
+def test_a_chosen_demo_model_fetches_nothing(core_of: Any, hub: FakeHub) -> None:
     core = core_of(True, MUSETALK_MODEL="demo", MUSETALK_FETCH_WEIGHTS="1")
     assert choose_model(core) == ("demo", DEMO_MODELS)
     assert hub.seen == []
 
 
-def test_on_a_gpu_a_failed_fetch_is_no_reason_for_the_demo(core_of: Any, hub: FakeHub) -> None:
+def test_on_a_gpu_a_failed_fetch_does_not_fall_back_to_the_demo(core_of: Any, hub: FakeHub) -> None:
     hub.files[UNET_AT] = replace(hub.files[UNET_AT], announced_size=7)
     core = core_of(True)
     core.start_loading().join()

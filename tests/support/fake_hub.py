@@ -1,8 +1,8 @@
-"""A hub on loopback, as huggingface_hub and our fetching see the real one, with a content host it redirects to.
+"""A hub on loopback, as huggingface_hub and our fetching see the real one, and the content host to which it redirects.
 
-Large files answer a HEAD with a redirect that carries size and sum, and a GET with a redirect to the content host under
-a signed address; small ones (`.json`) are served by the hub itself under their git sum. The content host also serves
-S3FD. Faults are orders for one path: answers that are used up one after another, the last real one stays.
+For a large file the hub answers with a redirect to a signed address of the content host; its headers contain size and
+checksum. The hub serves small files (`.json`) itself, with their git blob id. The content host also serves S3FD. Faults
+are orders for one path: each is used for one request, and after the last one requests are answered as usual.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ TOKEN = "hf_veryverysecrettoken"
 
 @dataclass(frozen=True)
 class Order:
-    """One answer out of the ordinary for one request.
+    """Fault of one answer.
 
-    `status` refuses; `cut_after` breaks the connection off after so many bytes of this answer's body (`resets` says
-    how); `body` replaces the content, `holds` waits there until `FakeHub.go_on` is set.
+    `status` refuses; `cut_after` ends the connection after that many bytes of the body, with a reset if `resets`;
+    `body` replaces the content; `holds` waits after `cut_after` bytes until `FakeHub.release` is set.
     """
 
     status: int | None = None
@@ -44,7 +44,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Seen:
-    """One request that reached a host; the names of its headers in small letters."""
+    """One request that reached a host; header names are in lower case."""
 
     host: str
     method: str
@@ -56,13 +56,13 @@ class Seen:
 class _Stored:
     content: bytes
     is_large: bool
-    # What the hub says of it, where that is another thing than what it serves.
+    # A wrong size or checksum that the hub announces.
     announced_size: int | None = None
-    announced_sum: str | None = None
+    announced_checksum: str | None = None
 
 
 def manifest_of(models_dir: Path, prefix: int | None = None) -> tuple[WeightFile, ...]:
-    """The official manifest with sizes and sums of the files in `models_dir`; `prefix` keeps so many digits."""
+    """Return the official manifest with sizes and SHA-256 of the files in `models_dir`, cut to `prefix` digits."""
     entries = []
     for entry in MANIFEST:
         path = models_dir / entry.name
@@ -74,7 +74,7 @@ def manifest_of(models_dir: Path, prefix: int | None = None) -> tuple[WeightFile
 
 @dataclass
 class FakeHub:
-    """Both hosts; use as a context manager. `url` is the hub's HF_ENDPOINT, `s3fd_url` a signed address."""
+    """Both hosts; use it as a context manager. `url` is the HF_ENDPOINT, `s3fd_url` a signed address."""
 
     files: dict[str, _Stored] = field(default_factory=dict)
     orders: dict[str, list[Order]] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class FakeHub:
     heads_are_refused: bool = False
 
     def __post_init__(self) -> None:
-        self.go_on = threading.Event()
+        self.release = threading.Event()
         self.is_held = threading.Event()
         self.n_sent = 0
         self._lock = threading.Lock()
@@ -104,7 +104,7 @@ class FakeHub:
 
     @property
     def s3fd_url(self) -> str:
-        """Where the content host keeps S3FD."""
+        """Signed address of S3FD on the content host."""
         return f"{self.content_url}/s3fd-619a316812.pth?sig={SIGNATURE}"
 
     def __enter__(self) -> FakeHub:
@@ -115,12 +115,12 @@ class FakeHub:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.go_on.set()
+        self.release.set()
         for server in self._servers:
             server.stop()
 
     def serve_all(self, models_dir: Path) -> None:
-        """Keep every file of the official layout in `models_dir` under its place on the hub."""
+        """Serve every file of the official layout in `models_dir` under its path on the hub."""
         for entry in MANIFEST:
             path = models_dir / entry.name
             if path.is_file():
@@ -128,7 +128,7 @@ class FakeHub:
                 self.files[place] = _Stored(path.read_bytes(), path.suffix != ".json")
 
     def requests_for(self, name: str, method: str = "GET", host: str = "content") -> list[Seen]:
-        """Requests whose path ends with `name`."""
+        """Return the requests whose path ends with `name`."""
         return [
             seen
             for seen in self.seen
@@ -136,7 +136,7 @@ class FakeHub:
         ]
 
     def next_order(self, place: str) -> Order:
-        """What to do with this request for content."""
+        """Return the order for this request for content."""
         with self._lock:
             orders = self.orders.get(place)
             return orders.pop(0) if orders else Order()
@@ -179,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "Location": f"{self.fake.content_url}/{place}?sig={SIGNATURE}",
                 "X-Repo-Commit": COMMIT,
                 "X-Linked-Size": str(stored.announced_size or size),
-                "X-Linked-Etag": f'"{stored.announced_sum or digest}"',
+                "X-Linked-Etag": f'"{stored.announced_checksum or digest}"',
                 "ETag": '"of-the-pointer"',
             }
             self._refuse(302, headers)
@@ -234,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.fake.n_sent += len(part)
         if order.holds:
             self.fake.is_held.set()
-            self.fake.go_on.wait()
+            self.fake.release.wait()
             self.wfile.write(body[len(part) :])
         if order.resets:
             self.wfile.flush()
@@ -245,6 +245,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _git_sha1(stored: _Stored) -> str:
-    if stored.announced_sum is not None:
-        return stored.announced_sum
+    if stored.announced_checksum is not None:
+        return stored.announced_checksum
     return hashlib.sha1(b"blob %d\0" % len(stored.content) + stored.content).hexdigest()

@@ -1,4 +1,4 @@
-"""Weight files: found, read without running anything in them, and refused with one error that names the file."""
+"""Weight files: found, read without running code in them, or refused with one error that names the file."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ STATE = {f"layer{index}.weight": torch.arange(6.0).reshape(2, 3) + index for ind
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models in the official layout; not to be written."""
+    """Tiny models in the official layout; tests must not write to it."""
     return write_tiny_models(tmp_path_factory.mktemp("official"))
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as safetensors; not to be written."""
+    """The same as safetensors files; tests must not write to them."""
     return write_tiny_models(tmp_path_factory.mktemp("converted"), as_safetensors=True)
 
 
 def linked(models_dir: Path, folder: Path) -> Path:
-    """A models folder of links, of which a test may replace some."""
+    """Fill a models folder with links, some of which a test may replace."""
     for path in sorted(models_dir.rglob("*")):
         target = folder / path.relative_to(models_dir)
         if path.is_dir():
@@ -56,7 +56,7 @@ def linked(models_dir: Path, folder: Path) -> Path:
 
 
 def refusal(read: Callable[[], object], *local: Path) -> WeightsError:
-    """The error `read` ends with; none of the `local` folders is in it."""
+    """Return the error that `read` raises, after checking that it contains none of the `local` folders."""
     with pytest.raises(WeightsError) as caught:
         read()
     error = caught.value
@@ -77,7 +77,7 @@ def equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     return got.keys() == wanted.keys() and all(torch.equal(got[key], wanted[key]) for key in wanted)
 
 
-# -- where the files are ----------------------------------------------------------------------------------------------
+# -- paths ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_official_layout_is_found(models: Path) -> None:
@@ -96,7 +96,7 @@ def test_the_converted_layout_is_found(converted: Path) -> None:
     assert files.detector == converted / "s3fd-619a316812.safetensors"
 
 
-def test_a_folder_of_links_is_as_good_as_the_files(models: Path, tmp_path: Path) -> None:
+def test_a_folder_of_links_works_like_the_files(models: Path, tmp_path: Path) -> None:
     through_link = tmp_path / "models"
     through_link.symlink_to(models, target_is_directory=True)
     files = weights.locate(linked(through_link, tmp_path), "v15")
@@ -137,9 +137,10 @@ def test_a_file_is_found_under_its_other_names(models: Path, tmp_path: Path, off
 @pytest.mark.parametrize("version", ["v15", "v1"])
 def test_each_missing_file_is_named_with_size_purpose_and_source(tmp_path: Path, version: weights.ModelVersion) -> None:
     error = refusal(lambda: weights.locate(tmp_path, version), tmp_path)
-    wanted = [entry for entry in manifest.wanted(manifest.MANIFEST, version) if entry.is_needed]
+    wanted = [entry for entry in manifest.files_of(manifest.MANIFEST, version) if entry.is_needed]
     assert error.details["missing"] == [entry.name for entry in wanted]
     assert str(error).startswith(f"{len(wanted)} of the model files are missing")
+    assert str(error).endswith(f"; run python -m musetalk.weights fetch --version {version}")
     for entry in wanted:
         size = f"{entry.n_bytes:,} bytes, " if entry.n_bytes else ""
         assert f"{entry.name} ({size}{entry.purpose}, from {entry.source})" in str(error)
@@ -154,7 +155,7 @@ def test_only_what_is_missing_is_listed(models: Path, tmp_path: Path) -> None:
     assert "406,878,486 bytes" in str(error)
 
 
-def test_a_link_that_leads_nowhere_is_a_missing_file(models: Path, tmp_path: Path) -> None:
+def test_a_dangling_link_is_a_missing_file(models: Path, tmp_path: Path) -> None:
     linked(models, tmp_path)
     (tmp_path / "musetalkV15/unet.pth").unlink()
     (tmp_path / "musetalkV15/unet.pth").symlink_to(tmp_path / "gone")
@@ -162,7 +163,7 @@ def test_a_link_that_leads_nowhere_is_a_missing_file(models: Path, tmp_path: Pat
     assert error.details["missing"] == ["musetalkV15/unet.pth"]
 
 
-def test_find_weights_takes_the_first_name_and_lists_all_of_them(tmp_path: Path) -> None:
+def test_find_weights_returns_the_first_existing_name_or_lists_all(tmp_path: Path) -> None:
     folder = tmp_path / "sd-vae"
     folder.mkdir()
     error = refusal(lambda: weights.find_weights(folder, ("a.safetensors", "a.bin")), tmp_path)
@@ -172,7 +173,7 @@ def test_find_weights_takes_the_first_name_and_lists_all_of_them(tmp_path: Path)
         assert weights.find_weights(folder, ("a.safetensors", "a.bin")) == folder / name
 
 
-# -- tensors out of files ---------------------------------------------------------------------------------------------
+# -- tensors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".pt", ".safetensors"])
@@ -188,7 +189,7 @@ def test_a_plain_state_is_read_in_any_format(tmp_path: Path, suffix: str) -> Non
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("level", ["state_dict", "model", "unet", None])
 @pytest.mark.parametrize("prefix", ["", "module.", "unet."])
-def test_wrapping_and_prefixes_come_off(tmp_path: Path, zipped: bool, level: str | None, prefix: str) -> None:
+def test_wrapping_and_prefixes_are_removed(tmp_path: Path, zipped: bool, level: str | None, prefix: str) -> None:
     inner = OrderedDict((prefix + key, value) for key, value in STATE.items())
     saved: Any = inner if level is None else {"epoch": 3, "lr": 0.1, level: inner}
     path = tmp_path / "unet.pth"
@@ -202,7 +203,7 @@ def test_a_prefix_that_not_all_keys_share_stays(tmp_path: Path) -> None:
     assert equal(weights.read_state(tmp_path / "unet.pth"), state)
 
 
-def test_a_level_without_tensors_is_not_taken_for_the_state(tmp_path: Path) -> None:
+def test_a_mapping_without_tensors_is_not_the_state(tmp_path: Path) -> None:
     torch.save({"model": {"name": "unet"}, **STATE}, tmp_path / "unet.pth")
     assert equal(weights.read_state(tmp_path / "unet.pth"), STATE)
 
@@ -238,13 +239,13 @@ def test_the_pose_file_is_read_without_importing_what_it_names(models: Path, mon
     rtmpose_from_state(state)
 
 
-def test_digests_are_those_of_the_whole_file(tmp_path: Path) -> None:
+def test_sha256_of_reads_the_whole_file(tmp_path: Path) -> None:
     data = random.Random(0).randbytes(3_000_001)
     (tmp_path / "file").write_bytes(data)
     assert manifest.sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
 
 
-# -- files that are no weights ----------------------------------------------------------------------------------------
+# -- files without usable weights -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["whisper/pytorch_model.bin", "whisper/model.safetensors"])
@@ -262,7 +263,7 @@ def test_digests_are_those_of_the_whole_file(tmp_path: Path) -> None:
         (b"PK\x05\x06" + b"\x00" * 18, "torch checkpoint|safetensors file"),
     ],
 )
-def test_leftovers_of_downloads_are_named_in_words(tmp_path: Path, name: str, content: bytes, text: str) -> None:
+def test_leftovers_of_failed_downloads_are_described(tmp_path: Path, name: str, content: bytes, text: str) -> None:
     path = tmp_path / name
     path.parent.mkdir()
     path.write_bytes(content)
@@ -292,9 +293,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("form", ["zipped", "legacy", "safetensors"])
-def test_a_path_in_a_librarys_message_is_not_passed_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
-) -> None:
+def test_a_path_in_a_librarys_message_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     path = tmp_path / ("unet.safetensors" if form == "safetensors" else "unet.pth")
     if form == "safetensors":
         save_file(STATE, path)
@@ -328,7 +327,7 @@ def test_a_file_cut_anywhere_is_named(tmp_path: Path, form: str) -> None:
     assert equal(weights.read_state(path), STATE)
 
 
-def test_a_zipped_file_without_its_end_says_how_long_it_is(tmp_path: Path) -> None:
+def test_the_error_of_a_cut_zip_file_has_its_size(tmp_path: Path) -> None:
     path = tmp_path / "unet.pth"
     torch.save(STATE, path)
     path.write_bytes(path.read_bytes()[:1000])
@@ -425,7 +424,7 @@ def test_values_beyond_single_precision_are_refused(tmp_path: Path) -> None:
     ],
     ids=["sparse", "meta", "complex", "expanded"],
 )
-def test_tensors_no_network_can_take_are_refused(tmp_path: Path, value: Tensor, text: str) -> None:
+def test_tensors_that_no_network_can_load_are_refused(tmp_path: Path, value: Tensor, text: str) -> None:
     torch.save({**STATE, "late.bias": value}, tmp_path / "unet.pth")
     error = refusal(lambda: weights.read_state(tmp_path / "unet.pth"), tmp_path)
     assert f"{text} (in late.bias)" in str(error)
@@ -456,14 +455,14 @@ class Call:
 
 
 class Made:
-    """Pickles as a call of `function` and a state set on what it gives."""
+    """Pickles as a call, and as a state set on its result."""
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...], dict[str, object]]:
         return builtins.getattr, (Call(__import__, "os"), "environ"), {"MUSETALK_HOSTILE": "1"}
 
 
 def hostile(marker: Path) -> dict[str, object]:
-    """Objects that make the marker when they are unpickled carelessly, by what they try."""
+    """Objects that create the marker when they are unpickled without protection, by their method."""
     touch = f"open({str(marker)!r}, 'w').close()"
     return {
         "os.system": Call(os.system, f"touch {marker}"),
@@ -479,7 +478,7 @@ def hostile(marker: Path) -> dict[str, object]:
     }
 
 
-# No checkpoint names these modules; what else a file asks for is swallowed.
+# No checkpoint names these modules, so the file is refused; any other object becomes inert.
 REFUSED = {"os.system", "mkdir"}
 
 
@@ -489,7 +488,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, attempt: str, zipped: boo
     marker, path = tmp_path / "marker", tmp_path / "unet.pth"
     torch.save({"hook": hostile(marker)[attempt], **STATE}, path, _use_new_zipfile_serialization=zipped)
     if zipped and attempt not in REFUSED:
-        assert equal(weights.read_state(path), STATE), "what is no tensor becomes a stub and is left out"
+        assert equal(weights.read_state(path), STATE), "an object that is no tensor becomes inert and is left out"
     else:
         assert "torch checkpoint" in str(refusal(lambda: weights.read_state(path), tmp_path))
     assert not marker.exists()
@@ -505,7 +504,9 @@ def test_the_attempts_would_succeed_without_the_protection(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_module_a_file_names_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
+def test_a_module_named_in_a_file_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
+) -> None:
     marker, name = tmp_path / "marker", "module_with_side_effects"
     (tmp_path / f"{name}.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Thing:\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -525,31 +526,31 @@ def test_a_module_a_file_names_is_not_imported(tmp_path: Path, monkeypatch: pyte
 
 
 class Growing(list[int]):
-    """A foreign list: it pickles with its items."""
+    """A list of another library, pickled with its items."""
 
 
 class Record:
-    """A foreign object with a plain state."""
+    """An object of another library with a plain state."""
 
     def __init__(self) -> None:
         self.values = [1.0]
         self.mean = Call(getattr, Call, "mean")
 
 
-def test_foreign_objects_become_stubs(tmp_path: Path) -> None:
+def test_foreign_objects_become_inert(tmp_path: Path) -> None:
     torch.save({"log": [Record(), Record()], "one": Record(), **STATE}, tmp_path / "unet.pth")
     assert equal(weights.read_state(tmp_path / "unet.pth"), STATE)
 
 
 class Settings(dict[str, object]):
-    """A foreign mapping with a state of its own."""
+    """A mapping of another library with a state of its own."""
 
     def __init__(self) -> None:
         super().__init__(lr=0.1)
         self.name = "settings"
 
 
-def test_foreign_lists_sets_and_mappings_are_swallowed(tmp_path: Path) -> None:
+def test_foreign_lists_sets_and_mappings_are_ignored(tmp_path: Path) -> None:
     meta = {"log": Growing([1, 2]), "cfg": Settings(), "seen": {1, 2}, "kind": Record, "shape": torch.Size([2, 3])}
     torch.save({"meta": meta, "state_dict": {**STATE, "half": torch.ones(2, dtype=torch.float16)}}, tmp_path / "a.pth")
     state = weights.read_state(tmp_path / "a.pth")
@@ -557,7 +558,7 @@ def test_foreign_lists_sets_and_mappings_are_swallowed(tmp_path: Path) -> None:
     assert equal(state, STATE)
 
 
-def test_views_of_one_storage_come_back_as_they_were(tmp_path: Path) -> None:
+def test_views_of_one_storage_are_read_correctly(tmp_path: Path) -> None:
     base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     views = {"all": base, "columns": base.t(), "part": base[1:3, 2:5], "scalar": base[2, 3], "none": base[:0]}
     torch.save({"log": Growing([1]), **views}, tmp_path / "a.pth")
@@ -576,7 +577,7 @@ def test_a_tensor_beyond_its_storage_is_refused(offset: int, size: Any, stride: 
         rebuild_tensor(torch.arange(8), offset, size, stride)
 
 
-def test_reading_leaves_no_class_allowed_behind(tmp_path: Path) -> None:
+def test_reading_does_not_extend_torchs_list_of_allowed_classes(tmp_path: Path) -> None:
     before = set(map(str, torch.serialization.get_safe_globals()))
     torch.save({"log": Record(), "list": Growing([1]), **STATE}, tmp_path / "unet.pth")
     assert weights.read_state(tmp_path / "unet.pth")
@@ -586,7 +587,7 @@ def test_reading_leaves_no_class_allowed_behind(tmp_path: Path) -> None:
 # -- configurations ---------------------------------------------------------------------------------------------------
 
 
-def test_configurations_lose_their_private_entries(tmp_path: Path) -> None:
+def test_private_entries_of_configurations_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "X", "sample_size": 256}))
     assert weights.read_config(tmp_path / "config.json") == {"sample_size": 256}
 
@@ -613,7 +614,7 @@ def test_a_broken_configuration_is_named(tmp_path: Path, content: bytes | None, 
     assert "configuration of Whisper" in str(error)
 
 
-# -- into networks ----------------------------------------------------------------------------------------------------
+# -- networks ---------------------------------------------------------------------------------------------------------
 
 
 def test_strict_loading_loads_every_tensor() -> None:
@@ -623,7 +624,7 @@ def test_strict_loading_loads_every_tensor() -> None:
     assert equal(network.state_dict(), state)
 
 
-def test_strict_loading_counts_and_names_what_does_not_fit() -> None:
+def test_strict_loading_counts_and_names_the_keys_that_do_not_match() -> None:
     network = nn.Sequential(*(nn.Linear(3, 2) for _ in range(3)))
     state = network.state_dict()
     before = {key: value.clone() for key, value in state.items()}
@@ -638,7 +639,7 @@ def test_strict_loading_counts_and_names_what_does_not_fit() -> None:
         "UNet of MuseTalk v1.5, from Hugging Face TMElyralab/MuseTalk"
     )
     assert error.details == {"file": "musetalkV15/unet.pth"}
-    assert equal(network.state_dict(), before), "nothing is loaded when not all fits"
+    assert equal(network.state_dict(), before), "nothing is loaded unless all keys match"
 
 
 def refusal_of_loading(network: nn.Module, state: dict[str, Tensor]) -> WeightsError:
@@ -668,7 +669,7 @@ def test_a_face_file_that_does_not_fit_names_the_first_keys(models: Path) -> Non
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError])
-def test_what_a_library_raises_becomes_an_error_that_names_the_file(error: type[Exception]) -> None:
+def test_errors_of_libraries_become_one_that_names_the_file(error: type[Exception]) -> None:
     def fail() -> None:
         with weights.loading("dw-ll_ucoco_384.pth"):
             raise error("the first line\nthe second line")
@@ -702,7 +703,7 @@ def test_our_own_error_passes_unchanged() -> None:
         ("anywhere/other.bin", None),
     ],
 )
-def test_advice_belongs_to_the_file(tmp_path: Path, name: str, purpose: str | None) -> None:
+def test_an_error_describes_the_expected_file(tmp_path: Path, name: str, purpose: str | None) -> None:
     error = refusal(lambda: weights.read_state(tmp_path / name), tmp_path)
     assert ("expected" in str(error)) == (purpose is not None)
     if purpose is not None:

@@ -1,7 +1,8 @@
-"""Weights fetched from a hub on loopback: whole, resumed, refused, converted, verified, each in this process."""
+"""Weights fetched in this process from a hub on loopback: complete, resumed, refused, converted, verified."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -17,13 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from musetalk import fetching, manifest, weights
+from musetalk import manifest, weights
 from musetalk.converting_weights import convert
 from musetalk.errors import WeightsError
 from musetalk.fetch_progress import Progress, Watcher
 from musetalk.fetching import fetch
 from musetalk.manifest import WeightFile, read_record
 from musetalk.models import load_models
+from musetalk.remote_files import TRIES
 from musetalk.verifying import verify
 from tests.support.fake_hub import COMMIT, SIGNATURE, TOKEN, FakeHub, Order, manifest_of
 from tests.support.tiny_models import write_tiny_models
@@ -31,13 +33,13 @@ from worker.cli import weights as weights_command
 
 UNET, S3FD, VAE = "musetalkV15/unet.pth", "s3fd-619a316812.pth", "sd-vae/diffusion_pytorch_model.bin"
 POSE, CONFIG = "dwpose/dw-ll_ucoco_384.pth", "musetalkV15/musetalk.json"
-# Where the hosts keep them.
+# Their paths on the hosts.
 UNET_AT, POSE_AT = f"TMElyralab/MuseTalk/{UNET}", "yzd-v/DWPose/dw-ll_ucoco_384.pth"
 
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models in the official layout, S3FD in torch's format of its time; not to be written."""
+    """Tiny models in the official layout, S3FD in the format from before torch 1.6; tests must not write to it."""
     folder = write_tiny_models(tmp_path_factory.mktemp("official"))
     state = torch.load(folder / S3FD, weights_only=True)
     torch.save(state, folder / S3FD, _use_new_zipfile_serialization=False)
@@ -46,7 +48,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(official: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub that holds these files; the tests' own offline switch is off for it."""
+    """A hub that serves these files; HF_HUB_OFFLINE, which the tests set, is off for it."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with FakeHub() as fake:
         fake.serve_all(official)
@@ -54,7 +56,7 @@ def hub(official: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 class Caller:
-    """One fetch after another into one folder, with its messages and how long it would have waited."""
+    """Fetches into one folder; records their messages, progress and pauses."""
 
     def __init__(self, hub: FakeHub, official: Path, models_dir: Path) -> None:
         self.hub, self.models_dir = hub, models_dir
@@ -64,7 +66,7 @@ class Caller:
         self.pauses: list[float] = []
 
     def change(self, name: str, **changes: Any) -> None:
-        """Another line in the manifest."""
+        """Change an entry of the manifest."""
         self.files = tuple(replace(entry, **changes) if entry.name == name else entry for entry in self.files)
 
     def entry(self, name: str) -> WeightFile:
@@ -82,7 +84,7 @@ class Caller:
         )
 
     def refusal(self) -> WeightsError:
-        """The error a fetch ends with; it holds no address, signature or path."""
+        """Return the error of a failed fetch, after checking that it contains no address, signature or path."""
         with pytest.raises(WeightsError) as caught:
             self.fetch()
         error = caught.value
@@ -104,7 +106,7 @@ def same(models_dir: Path, official: Path, name: str) -> bool:
     return (models_dir / name).read_bytes() == (official / name).read_bytes()
 
 
-# -- whole ------------------------------------------------------------------------------------------------------------
+# -- complete ---------------------------------------------------------------------------------------------------------
 
 
 def test_everything_is_fetched_checked_and_loads(caller: Caller, official: Path) -> None:
@@ -121,7 +123,7 @@ def test_everything_is_fetched_checked_and_loads(caller: Caller, official: Path)
     assert all(finding.verdict == "ok" for finding in verify(caller.models_dir, "v15", manifest=caller.files))
 
 
-def test_the_other_version_is_fetched_by_its_own_files(hub: FakeHub, tmp_path: Path) -> None:
+def test_the_other_version_has_its_own_files(hub: FakeHub, tmp_path: Path) -> None:
     official = write_tiny_models(tmp_path / "v1", "v1")
     hub.serve_all(official)
     caller = Caller(hub, official, tmp_path / "models")
@@ -142,7 +144,7 @@ def test_progress_grows_to_a_hundred_percent(caller: Caller, official: Path) -> 
 
 
 @pytest.mark.parametrize("is_offline", [False, True])
-def test_what_is_there_is_not_asked_for(caller: Caller, monkeypatch: pytest.MonkeyPatch, is_offline: bool) -> None:
+def test_complete_files_need_no_request(caller: Caller, monkeypatch: pytest.MonkeyPatch, is_offline: bool) -> None:
     caller.fetch()
     n_seen = len(caller.hub.seen)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
@@ -150,7 +152,7 @@ def test_what_is_there_is_not_asked_for(caller: Caller, monkeypatch: pytest.Monk
     assert len(caller.hub.seen) == n_seen
 
 
-def test_the_login_goes_to_the_hub_alone(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_hub_receives_the_login(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     caller.hub.gated.add(POSE_AT)
     caller.fetch()
@@ -162,10 +164,10 @@ def test_the_login_goes_to_the_hub_alone(caller: Caller, monkeypatch: pytest.Mon
     assert all(text not in str(caller.said) for text in (TOKEN, SIGNATURE))
 
 
-def test_a_file_that_is_not_needed_may_be_absent(caller: Caller) -> None:
+def test_an_optional_file_may_be_absent(caller: Caller) -> None:
     del caller.hub.files["openai/whisper-tiny/preprocessor_config.json"]
     assert "whisper/preprocessor_config.json" not in caller.fetch()
-    assert any("it is not needed" in text for text in caller.said)
+    assert any("this file is optional" in text for text in caller.said)
     weights.locate(caller.models_dir, "v15")
 
 
@@ -191,23 +193,23 @@ def test_a_reset_connection_is_resumed(caller: Caller, official: Path) -> None:
     assert same(caller.models_dir, official, UNET)
 
 
-def test_a_host_that_knows_no_ranges_sends_all_again(caller: Caller, official: Path) -> None:
+def test_from_a_host_without_ranges_the_file_starts_again(caller: Caller, official: Path) -> None:
     caller.hub.orders[UNET_AT] = [Order(cut_after=1000), Order(ignores_range=True)]
     caller.fetch()
     assert same(caller.models_dir, official, UNET)
 
 
 def test_an_interrupted_fetch_is_resumed_by_the_next(caller: Caller, official: Path) -> None:
-    caller.hub.orders[UNET_AT] = [Order(cut_after=1000)] + [Order(status=502)] * fetching.TRIES
+    caller.hub.orders[UNET_AT] = [Order(cut_after=1000)] + [Order(status=502)] * TRIES
     error = caller.refusal()
     assert error.retryable
     assert str(error) == (
-        f"{UNET} could not be fetched from Hugging Face TMElyralab/MuseTalk: the host answered 502, 6 tries in a row; "
-        "received bytes are kept and resumed next time"
+        f"{UNET} could not be fetched from Hugging Face TMElyralab/MuseTalk: the host answered 502, 6 attempts in a "
+        "row; fetch again to resume after the received bytes"
     )
     assert [part.stat().st_size for part in caller.parts()] == [1000]
     (finding,) = (f for f in verify(caller.models_dir, "v15", manifest=caller.files) if f.name == UNET)
-    assert (finding.verdict, "1,000 bytes of it arrived" in finding.text) == ("missing", True)
+    assert (finding.verdict, "1,000 bytes have arrived" in finding.text) == ("missing", True)
     caller.hub.seen.clear()
     caller.fetch()
     assert [seen.headers.get("range") for seen in caller.hub.requests_for("unet.pth")] == ["bytes=1000-"]
@@ -216,7 +218,7 @@ def test_an_interrupted_fetch_is_resumed_by_the_next(caller: Caller, official: P
 
 
 def test_a_part_of_another_version_of_the_file_is_not_resumed(caller: Caller, official: Path) -> None:
-    caller.hub.orders[UNET_AT] = [Order(cut_after=1000)] + [Order(status=502)] * fetching.TRIES
+    caller.hub.orders[UNET_AT] = [Order(cut_after=1000)] + [Order(status=502)] * TRIES
     caller.refusal()
     (part,) = caller.parts()
     part.rename(part.with_name(".unet.pth.another.part"))
@@ -227,8 +229,8 @@ def test_a_part_of_another_version_of_the_file_is_not_resumed(caller: Caller, of
 
 
 @pytest.mark.parametrize("size", [1000, None, 10_000_000])
-def test_a_spoiled_part_costs_a_second_go_and_no_more(caller: Caller, official: Path, size: int | None) -> None:
-    caller.hub.orders[UNET_AT] = [Order(cut_after=1000)] + [Order(status=502)] * fetching.TRIES
+def test_a_damaged_part_is_dropped_and_fetched_again(caller: Caller, official: Path, size: int | None) -> None:
+    caller.hub.orders[UNET_AT] = [Order(cut_after=1000)] + [Order(status=502)] * TRIES
     caller.refusal()
     (part,) = caller.parts()
     part.write_bytes(b"x" * (size or (official / UNET).stat().st_size))
@@ -236,7 +238,7 @@ def test_a_spoiled_part_costs_a_second_go_and_no_more(caller: Caller, official: 
     assert same(caller.models_dir, official, UNET)
 
 
-def test_a_host_that_hesitates_is_asked_again(caller: Caller, official: Path) -> None:
+def test_transient_statuses_of_the_hub_are_retried(caller: Caller, official: Path) -> None:
     caller.hub.orders[f"hub:{UNET_AT}"] = [Order(status=429), Order(status=503)]
     caller.fetch()
     assert caller.pauses == [1.0, 2.0]
@@ -247,10 +249,10 @@ def test_an_error_about_a_missing_hub_contains_no_address(caller: Caller) -> Non
     caller.hub.url = "http://127.0.0.1:1"
     error = caller.refusal()
     assert error.retryable
-    assert "the connection failed (ConnectError), 6 tries in a row" in str(error)
+    assert "the connection failed (ConnectError), 6 attempts in a row" in str(error)
 
 
-def test_two_fetches_into_one_folder_fetch_once(caller: Caller, hub: FakeHub, official: Path) -> None:
+def test_two_fetches_into_one_folder_download_once(caller: Caller, hub: FakeHub, official: Path) -> None:
     hub.orders[UNET_AT] = [Order(cut_after=1000, holds=True)]
     second = Caller(hub, official, caller.models_dir)
     waits = threading.Event()
@@ -260,10 +262,10 @@ def test_two_fetches_into_one_folder_fetch_once(caller: Caller, hub: FakeHub, of
     assert hub.is_held.wait(30)
     second_thread.start()
     assert waits.wait(30)
-    hub.go_on.set()
+    hub.release.set()
     first_thread.join()
     second_thread.join()
-    assert second.said == ["another process fetches into this folder; waiting for it"]
+    assert second.said == ["another process is fetching into this folder; waiting for it"]
     assert len(hub.requests_for("unet.pth")) == 1
     assert same(caller.models_dir, official, UNET)
 
@@ -290,11 +292,9 @@ def test_a_wrong_checksum_is_reported_and_the_file_removed(caller: Caller, offic
     assert digest is not None
     caller.change(UNET, sha256=digest[:known])
     error = caller.refusal()
-    beginning = "" if known == 64 else " at the beginning"
-    import hashlib
-
+    beginning = "" if known == 64 else "one that begins with "
     assert str(error) == (
-        f"{UNET} has the SHA-256 {hashlib.sha256(wrong).hexdigest()}, expected {digest[:known]}{beginning}; "
+        f"{UNET} has the SHA-256 {hashlib.sha256(wrong).hexdigest()}, expected {beginning}{digest[:known]}; "
         "the file was removed"
     )
     assert error.details == {"file": UNET}
@@ -304,57 +304,57 @@ def test_a_wrong_checksum_is_reported_and_the_file_removed(caller: Caller, offic
     assert UNET in caller.fetch()
 
 
-def test_another_file_on_the_hub_is_reported_before_it_is_fetched(caller: Caller, official: Path) -> None:
+def test_another_file_on_the_hub_is_reported_before_the_download(caller: Caller, official: Path) -> None:
     size = (official / UNET).stat().st_size
     caller.hub.files[UNET_AT].announced_size = 12
     assert str(caller.refusal()) == (
         f"{UNET}: Hugging Face TMElyralab/MuseTalk has another file of 12 bytes, expected {size:,}"
     )
     caller.hub.files[UNET_AT].announced_size = None
-    caller.hub.files[UNET_AT].announced_sum = "ab" * 32
+    caller.hub.files[UNET_AT].announced_checksum = "ab" * 32
     assert f"has another file, SHA-256 {'ab' * 32}, expected {caller.entry(UNET).sha256}" in str(caller.refusal())
     assert not any(seen.method == "GET" for seen in caller.hub.seen)
 
 
-def test_a_file_nothing_is_published_of_is_held_to_what_the_hub_says(caller: Caller, official: Path) -> None:
+def test_a_file_without_published_checksum_must_match_the_hubs_own(caller: Caller, official: Path) -> None:
     for name in (UNET, CONFIG):
         caller.change(name, sha256=None, n_bytes=None)
     right = (official / UNET).read_bytes()
     caller.hub.orders[UNET_AT] = [Order(body=bytes(len(right)))]
     assert "has the SHA-256" in str(caller.refusal())
-    caller.hub.files[f"TMElyralab/MuseTalk/{CONFIG}"].announced_sum = "cd" * 20
+    caller.hub.files[f"TMElyralab/MuseTalk/{CONFIG}"].announced_checksum = "cd" * 20
     assert f"expected {'cd' * 20}" in str(caller.refusal())
-    caller.hub.files[f"TMElyralab/MuseTalk/{CONFIG}"].announced_sum = None
+    caller.hub.files[f"TMElyralab/MuseTalk/{CONFIG}"].announced_checksum = None
     caller.fetch()
     assert same(caller.models_dir, official, UNET)
 
 
-def test_more_bytes_than_announced_are_not_taken(caller: Caller, official: Path) -> None:
+def test_more_bytes_than_announced_are_an_error(caller: Caller, official: Path) -> None:
     right = (official / S3FD).read_bytes()
     caller.hub.orders[S3FD] = [Order(body=right * 2)]
     assert "has more than the" in str(caller.refusal())
     assert caller.parts() == []
 
 
-def test_a_file_that_is_gone_from_the_hub_is_named(caller: Caller) -> None:
+def test_a_file_missing_on_the_hub_is_named(caller: Caller) -> None:
     del caller.hub.files[POSE_AT]
     error = caller.refusal()
     assert str(error) == f"{POSE}: Hugging Face yzd-v/DWPose answered 404: there is no such file"
     assert not error.retryable
     assert caller.pauses == []
-    assert not any(seen.method == "GET" for seen in caller.hub.seen), "nothing large before all is known to be there"
+    assert not any(seen.method == "GET" for seen in caller.hub.seen), "no download before all files exist"
 
 
 def test_a_gated_file_asks_for_a_login(caller: Caller) -> None:
     caller.hub.gated.add(POSE_AT)
     error = caller.refusal()
     assert str(error).startswith(
-        f"{POSE}: Hugging Face yzd-v/DWPose answered 401: it is gated, private or gone; HF_TOK"
+        f"{POSE}: Hugging Face yzd-v/DWPose answered 401: the file is gated, private or gone; set HF_TOK"
     )
     assert error.details["status"] == 401
 
 
-def test_s3fd_elsewhere_is_refused_in_the_same_words(caller: Caller) -> None:
+def test_a_refused_s3fd_has_the_same_error_texts(caller: Caller) -> None:
     caller.change(S3FD, url=caller.hub.s3fd_url.partition("?")[0])
     caller.hub.heads_are_refused = True
     error = caller.refusal()
@@ -364,7 +364,7 @@ def test_s3fd_elsewhere_is_refused_in_the_same_words(caller: Caller) -> None:
 
 
 @pytest.mark.parametrize("n_bytes", [None, "known"])
-def test_s3fd_from_an_address_signed_for_get_alone(caller: Caller, official: Path, n_bytes: str | None) -> None:
+def test_s3fd_may_have_an_address_signed_only_for_get(caller: Caller, official: Path, n_bytes: str | None) -> None:
     caller.hub.heads_are_refused = True
     size = (official / S3FD).stat().st_size
     caller.change(S3FD, n_bytes=size if n_bytes else None)
@@ -387,11 +387,11 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_too_little_room_is_reported_before_anything_arrives(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_room_is_reported_before_the_download(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     total = sum(entry.n_bytes or 0 for entry in caller.files if "v15" in entry.versions)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(10, 0, total - 1))
     error = caller.refusal()
-    assert f"the weights need {manifest.in_words(total)}" in str(error)
+    assert f"the weights need {manifest.readable_size(total)}" in str(error)
     assert error.details == {"free_bytes": total - 1, "needed_bytes": total, "kind": "disk"}
     assert not any(seen.method == "GET" for seen in caller.hub.seen)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(10, 0, total))
@@ -402,23 +402,23 @@ def test_too_little_room_is_reported_before_anything_arrives(caller: Caller, mon
 
 def test_an_error_about_an_unusable_folder_contains_no_path(caller: Caller) -> None:
     caller.models_dir.write_text("a file")
-    assert str(caller.refusal()).startswith("the models folder cannot be made (")
+    assert str(caller.refusal()).startswith("the models folder cannot be created (")
 
 
-# -- what was there before --------------------------------------------------------------------------------------------
+# -- existing files ---------------------------------------------------------------------------------------------------
 
 
-def test_files_that_were_there_before_are_checked_once(caller: Caller, official: Path) -> None:
+def test_existing_files_are_checked_once(caller: Caller, official: Path) -> None:
     shutil.copytree(official, caller.models_dir)
     assert caller.fetch() == []
-    assert f"checking {UNET}, which was there before" in caller.said
+    assert f"checking {UNET}, which exists already" in caller.said
     caller.said.clear()
     assert caller.fetch() == []
     assert caller.said == []
     assert caller.hub.seen == []
 
 
-def test_files_that_are_wrong_are_fetched_again(caller: Caller, official: Path) -> None:
+def test_wrong_files_are_fetched_again(caller: Caller, official: Path) -> None:
     shutil.copytree(official, caller.models_dir)
     right = (official / UNET).read_bytes()
     (caller.models_dir / UNET).write_bytes(right[:-1] + b"?")
@@ -435,7 +435,7 @@ def test_a_file_under_another_name_counts(caller: Caller, official: Path) -> Non
     assert caller.hub.seen == []
 
 
-def test_a_broken_record_is_no_record(caller: Caller, official: Path) -> None:
+def test_a_damaged_record_counts_as_none(caller: Caller, official: Path) -> None:
     shutil.copytree(official, caller.models_dir)
     for text in ("", "[]", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {"sha256": "b"}}}'):
         (caller.models_dir / manifest.RECORD_NAME).write_text(text)
@@ -448,7 +448,7 @@ def test_a_broken_record_is_no_record(caller: Caller, official: Path) -> None:
 
 
 def outputs(models_dir: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """What every network makes of fixed inputs."""
+    """Outputs of every network for fixed inputs."""
     models = load_models(models_dir, "v15", device=torch.device("cpu"), dtype=torch.float32)
     rng = np.random.default_rng(0)
     crops = rng.integers(0, 256, (1, 256, 256, 3), dtype=np.uint8)
@@ -485,22 +485,22 @@ def test_converted_files_are_half_as_large_and_run_the_same(official: Path, tmp_
     whisper = load_file(tmp_path / "models/whisper/pytorch_model.safetensors")
     assert all(key.startswith("model.encoder.") for key in whisper)
     after = outputs(tmp_path / "models")
-    assert np.array_equal(after.pop("labels"), before["labels"]), "the face networks keep every bit"
+    assert np.array_equal(after.pop("labels"), before["labels"]), "the face networks are converted without loss"
     for name, values in after.items():
-        # Half precision keeps 11 bits of a weight, 0.0005 of it; a few dozen layers make that a few times as much.
+        # float16 rounds a weight to 11 bits, an error of 0.0005; a few dozen layers add up to a few times that.
         largest = max(1.0, float(np.abs(before[name]).max()))
         assert np.abs(values - before[name]).max() <= 0.02 * largest, name
         assert np.abs(values - before[name]).mean() <= 0.002 * largest, name
 
 
-def test_a_conversion_is_not_done_twice(official: Path, tmp_path: Path) -> None:
+def test_a_converted_file_is_not_converted_again(official: Path, tmp_path: Path) -> None:
     models_dir, said = tmp_path / "models", list[str]()
     shutil.copytree(official, models_dir)
     files = manifest_of(official)
     convert(models_dir, "v15", manifest=files)
     assert convert(models_dir, "v15", manifest=files, say=said.append) == []
     assert len(said) == 6
-    # Another checkpoint makes another converted file.
+    # Another checkpoint is converted although a converted file exists.
     state = torch.load(models_dir / UNET, weights_only=True)
     torch.save({key: value * 2 for key, value in state.items()}, models_dir / UNET)
     (models_dir / manifest.RECORD_NAME).write_text(
@@ -513,17 +513,17 @@ def _without(name: str, files: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in files.items() if key != name}
 
 
-def test_a_safetensors_file_of_somebody_else_is_left_alone(official: Path, tmp_path: Path) -> None:
+def test_a_safetensors_file_of_other_origin_is_not_replaced(official: Path, tmp_path: Path) -> None:
     models_dir, said = tmp_path / "models", list[str]()
     shutil.copytree(official, models_dir)
     save_file({"a": torch.ones(1)}, models_dir / "musetalkV15/unet.safetensors")
     made = convert(models_dir, "v15", manifest=manifest_of(official), say=said.append, remove_originals=True)
     assert "musetalkV15/unet.safetensors" not in made
-    assert any("was not made here" in text for text in said)
+    assert any("was not written by this command" in text for text in said)
     assert (models_dir / UNET).is_file()
 
 
-def test_numbers_too_large_for_half_precision_are_kept(official: Path, tmp_path: Path) -> None:
+def test_a_tensor_with_numbers_too_large_for_float16_stays_float32(official: Path, tmp_path: Path) -> None:
     models_dir = tmp_path / "models"
     shutil.copytree(official, models_dir)
     state = torch.load(models_dir / UNET, weights_only=True)
@@ -552,7 +552,7 @@ def test_a_converted_folder_needs_no_network_and_verifies(caller: Caller, offici
     assert "(recorded)" in wrong[0].text
 
 
-def test_a_disk_without_room_ends_a_conversion_in_one_sentence(
+def test_a_disk_without_room_fails_the_conversion_with_the_sizes(
     official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(official, tmp_path / "models")
@@ -607,13 +607,13 @@ def test_every_fault_has_its_own_verdict(official: Path, tmp_path: Path) -> None
     assert "face detection (S3FD)" in findings[S3FD].text
 
 
-def test_an_old_checkpoint_without_a_known_sum_is_opened(official: Path) -> None:
+def test_an_old_checkpoint_without_a_known_checksum_is_read(official: Path) -> None:
     files = tuple(replace(entry, sha256=None, n_bytes=None) for entry in manifest_of(official))
     (finding,) = (finding for finding in verify(official, "v15", manifest=files) if finding.name == S3FD)
-    assert (finding.verdict, "readable; no sum of it is known" in finding.text) == ("ok", True)
+    assert (finding.verdict, "readable; its checksum is not known" in finding.text) == ("ok", True)
 
 
-def test_every_official_file_has_one_place_it_is_fetched_from() -> None:
+def test_every_official_file_has_one_source() -> None:
     for entry in manifest.MANIFEST:
         assert bool(entry.repo) != bool(entry.url), entry.name
         assert bool(entry.repo) == bool(entry.repo_path), entry.name
@@ -632,7 +632,7 @@ class Terminal(io.StringIO):
 def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream, wanted in ((Terminal(), ("a.pth", "50%", "100%")), (io.StringIO(), ("50 % (a.pth)", "100 % (a.pth)"))):
         monkeypatch.setattr("sys.stderr", stream)
-        with weights_command.watching() as watcher:
+        with weights_command.progress_on_stderr() as watcher:
             watcher.say("fetching a.pth")
             for n_done in (5_000, 10_000):
                 watcher.on_progress(Progress("a.pth", n_done, 10_000))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from musetalk.errors import MuseTalkError
-from worker.cli.weights import watching
+from worker.cli.weights import progress_on_stderr
 from worker.config import Settings, load_settings
 from worker.engine import Rendered, check_inputs
 from worker.jobs import JobParams, Stage, parse_params
@@ -120,7 +120,7 @@ def main(make_core: RendererFactory, arguments: Sequence[str] | None = None) -> 
         # Before gigabytes are loaded, or fetched, for a name mistyped.
         check_inputs(settings, given.source, given.audio)
         print(f"loading the models from {settings.models_dir}", file=sys.stderr)
-        with watching() as watcher:
+        with progress_on_stderr() as watcher:
             core = make_core(settings, fetch_watcher=watcher)
             core.load()
         if given.preview is None:

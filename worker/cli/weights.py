@@ -1,6 +1,6 @@
-"""The weight files for a person: `python -m musetalk.weights fetch|verify|convert`, with a bar on a terminal.
+"""Command line for the weight files: `python -m musetalk.weights fetch|verify|convert`, with a bar on a terminal.
 
-Knows settings and the model's files; no network of its own, no tensor.
+Knows settings and the model's files; makes no request itself and reads no tensor.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NoReturn
 
 from musetalk import manifest
 from musetalk.errors import MuseTalkError
-from musetalk.fetch_progress import Progress, Watcher, every
+from musetalk.fetch_progress import Progress, Watcher, every_percent
 from musetalk.fetching import fetch
 from musetalk.manifest import ModelVersion
 from worker.config import Settings, load_settings
 
-# Without a terminal, a line every so many percent.
+# Without a terminal: percent between two lines.
 _STEP_PERCENT = 10
 
 
@@ -30,7 +30,7 @@ def _parse_arguments(arguments: Sequence[str] | None, settings: Settings) -> arg
     )
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
-        "fetch": "fetch missing files; interrupted downloads resume",
+        "fetch": "fetch missing or wrong files; interrupted downloads resume",
         "verify": "report each file as complete, missing, cut short or wrong; exit status 1 unless all are complete",
         "convert": "write float16 safetensors (float32 for the face networks) beside the checkpoints",
     }
@@ -61,10 +61,10 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def watching() -> Iterator[Watcher]:
-    """A bar over all files on a terminal, from the first byte on; lines of text elsewhere."""
+def progress_on_stderr() -> Iterator[Watcher]:
+    """Watcher that shows a bar over all files on a terminal, from the first byte on, or else lines of text."""
     if not sys.stderr.isatty():
-        yield Watcher(_say, every(_STEP_PERCENT, lambda now: _say(f"{now.percent} % ({now.name})")))
+        yield Watcher(_say, every_percent(_STEP_PERCENT, lambda now: _say(f"{now.percent} % ({now.name})")))
         return
     from tqdm import tqdm
 
@@ -83,7 +83,7 @@ def watching() -> Iterator[Watcher]:
 
 
 def _fetch(given: argparse.Namespace, settings: Settings) -> int:
-    with watching() as watcher:
+    with progress_on_stderr() as watcher:
         fetched = fetch(
             given.models_dir,
             given.version,
@@ -121,7 +121,7 @@ def _verify(given: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status (0 done, 1 not, 130 interrupted)."""
+    """Run the command; return its exit status (0 done, 1 failed, 130 interrupted)."""
     try:
         settings = load_settings()
         given = _parse_arguments(arguments, settings)
