@@ -70,6 +70,7 @@ class LocalStore:
         with disk_errors(), replacing(self.folder / name) as temporary, temporary.open("xb") as copy:
             sha1, n_bytes = sha1_of(path, limit, copy.write)
         stored = StoredObject(name, f"{self.public_base_url}/outputs/{quote(name)}", n_bytes, sha1, None)
+        # The video is stored: a job must not run again for its sidecar.
         try:
             sidecar_path = self.folder / (name.removesuffix(".mp4") + ".json")
             with disk_errors(), replacing(sidecar_path) as temporary:

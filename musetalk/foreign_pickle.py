@@ -101,6 +101,7 @@ class _Reader(pickle.Unpickler):
                 raise pickle.UnpicklingError(
                     f"storage {key} has {len(data)} bytes, {n_elements * dtype.itemsize} expected"
                 )
+            # A bytearray, because torch warns about tensors in read-only memory.
             self._storages[key] = (
                 torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
             )
@@ -115,6 +116,7 @@ def rebuild_tensor(
     Raises UnpicklingError if the view leaves the storage.
     """
     numbers = (offset, *size, *stride)
+    # Not isinstance: a bool is an int.
     if len(size) != len(stride) or any(type(number) is not int or number < 0 for number in numbers):
         raise pickle.UnpicklingError("a tensor's size or stride makes no sense")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
@@ -136,6 +138,7 @@ def read_foreign(path: Path) -> object:
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         folder = pickled.removesuffix("/data.pkl")
         order = f"{folder}/byteorder"
+        # The bytes of the storages are used as they are, which would give wrong numbers silently.
         if order in archive.namelist() and archive.read(order) != b"little":
             raise pickle.UnpicklingError("the file was written on a big-endian machine")
         return _Reader(io.BytesIO(archive.read(pickled)), archive, folder).load()

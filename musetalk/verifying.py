@@ -58,6 +58,7 @@ def _not_there(models_dir: Path, entry: WeightFile) -> Finding:
     if not entry.is_needed:
         return Finding(entry.name, "absent", f"not needed: {entry.purpose}")
     path = models_dir / entry.name
+    # The names that `RemoteFile.part_path` gives to unfinished files.
     parts = [part.stat().st_size for part in path.parent.glob(f".{path.name}.*.part")]
     begun = f"; {readable_size(parts[0])} have arrived; fetch resumes there" if parts else ""
     return Finding(entry.name, "missing", f"expected {weights.expected(entry)}{begun}")
@@ -68,6 +69,7 @@ def _check(models_dir: Path, path: Path, entry: WeightFile, record: dict[str, Re
     is_official = path.name == Path(entry.name).name
     recorded = record.get(name)
     n_bytes = path.stat().st_size
+    # The manifest describes the official file; only the record knows a converted one.
     right = entry.n_bytes if is_official and entry.n_bytes is not None else recorded.n_bytes if recorded else None
     if right is not None and n_bytes != right:
         text = f"{n_bytes:,} bytes, expected {right:,}{_recognised(path)}"

@@ -204,10 +204,12 @@ def _read_torch(path: Path) -> object:
     if not is_zip:
         with path.open("rb") as file:
             magic = file.read(4)
+        # The index of a zip file is at its end: a cut file begins like one but is not readable as one.
         if magic == b"PK\x03\x04":
             raise _file_error(path, f"is cut short: it has {path.stat().st_size:,} bytes and its end is missing")
         return _read_legacy(path)
     try:
+        # Mapped, so that a checkpoint of 3.4 GB is not copied into memory.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         # The checkpoint also contains objects of its training library; this reader builds none of them.
@@ -278,6 +280,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> 
 
     Raises WeightsError with the number of keys that do not match, and the first of them.
     """
+    # Compared here, because torch's own message lists every key of another network.
     own = module.state_dict()
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())

@@ -230,6 +230,7 @@ class B2Store:
 
     def _upload_sidecar(self, sidecar: Mapping[str, object], stored: StoredObject, limit: TimeLimit) -> None:
         name = stored.name.removesuffix(".mp4") + ".json"
+        # The video is stored: a job must not run again for its sidecar.
         try:
             body = sidecar_bytes(sidecar, stored)
             self._with_retries(

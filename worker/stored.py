@@ -149,6 +149,7 @@ def sha1_of(path: Path, limit: TimeLimit, copy: Callable[[bytes], object] = len)
 
     Raises ProcessingError for an empty file, StorageError, DiskFullError, and as `TimeLimit.check`.
     """
+    # SHA-1, because B2 checks and lists its files by it.
     digest, n_bytes = hashlib.sha1(usedforsecurity=False), 0
     with disk_errors(), path.open("rb") as source:
         while block := source.read(_BLOCK_BYTES):

@@ -72,6 +72,7 @@ def progress_on_stderr() -> Iterator[Watcher]:
         bars: list[tqdm[NoReturn]] = []
 
         def show(progress: Progress) -> None:
+            # Created with the first bytes, so that no bar stands still while files are checked.
             if not bars:
                 bars.append(stack.enter_context(tqdm(unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True)))
             bar = bars[0]
@@ -133,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         _say("stopped; run the same command again to resume")
-        return 130
+        return 130  # as shells report a command that SIGINT ended
 
 
 if __name__ == "__main__":

@@ -68,10 +68,12 @@ _PRIVATE = {
     "::1/128": "loopback",
     "fc00::/7": "unique local",
 }
+# Listed here, because `ipaddress.is_global` differs between patch releases of Python.
 _NETWORKS = [(ipaddress.ip_network(net), why, False) for net, why in _ALWAYS_REFUSED.items()] + [
     (ipaddress.ip_network(net), why, True) for net, why in _PRIVATE.items()
 ]
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# IANA assigns public IPv6 addresses from this block only.
 _GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
 _IETF_V6 = ipaddress.IPv6Network("2001::/23")
 
@@ -112,6 +114,7 @@ def parse_target(url: str) -> Target:
     """
     if len(url) > MAX_URL_LENGTH:
         raise _refused(f"it has {len(url)} characters; {MAX_URL_LENGTH} are allowed", url)
+    # urlsplit drops tabs and line ends without an error; another parser would end the host there.
     if any(unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} for character in url):
         raise _refused("it contains control characters", url)
     try:
@@ -121,6 +124,7 @@ def parse_target(url: str) -> Target:
         raise _refused("it is malformed", url) from None
     if parts.scheme not in DEFAULT_PORTS:
         raise _refused("its scheme is neither http nor https", url)
+    # Browsers read a backslash as a slash, so that the host would end there.
     if "@" in parts.netloc or "\\" in parts.netloc:
         raise _refused("it must not contain a user name or a backslash", url)
     if not host or port == 0:
@@ -261,6 +265,7 @@ def redact_url(url: str) -> str:
         return f"{parts.scheme[:20]}:…" if parts.scheme else "(malformed address)"
     host = f"[{host}]" if ":" in host else host
     last = parts.path.rsplit("/", 1)[-1]
+    # Users recognise a file by its name; a last part without an extension may be a token.
     name = last if re.fullmatch(r"[\w.-]{1,80}\.\w{1,5}", last, re.ASCII) else ""
     skipped = "/" if parts.path.count("/") <= 1 and (name or not last) else "/…/"
     return f"{parts.scheme}://{host[:253]}{f':{port}' if port else ''}{skipped}{name}"

@@ -31,6 +31,7 @@ class CutSwitch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        # Weak, so that the switch does not keep the sockets of closed connections open.
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._is_cut = False
 
@@ -43,6 +44,7 @@ class CutSwitch:
         """Register a connected socket; after `cut` it is shut down at once."""
         with self._lock:
             self._sockets.add(new_socket)
+            # `cut` was called while this socket was connecting.
             if self._is_cut:
                 _shut(new_socket)
 
@@ -96,6 +98,7 @@ class PinnedAdapter(HTTPAdapter):
     """Transport to one checked address; Host header, server name and certificate check use the name."""
 
     def __init__(self, target: Target, address: str, switch: CutSwitch) -> None:
+        # The caller retries, because a retry has to resolve and check the name again.
         super().__init__(max_retries=0)
         host = f"[{address}]" if ":" in address else address
         if target.scheme == "https":

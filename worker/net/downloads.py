@@ -55,6 +55,7 @@ _POLL_S = 0.1
 _MAX_DIALLED = 4
 _TRANSIENT_STATUSES = {408, 425, 429}
 _REDIRECTS = {301, 302, 303, 307, 308}
+# Other codings are ignored: S3 keeps `aws-chunked` in the header although the body is plain.
 _COMPRESSED = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress"}
 _TRANSPORT_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 
@@ -409,6 +410,7 @@ class _Download:
     def _check_response(self, response: requests.Response, start: int) -> None:
         """Check status and headers, and restart the part file unless the body continues it at `start`."""
         status, headers = response.status_code, response.headers
+        # 412 and 416: the file has changed, or is shorter than the part.
         if start and status in {200, 206, 412, 416}:
             if status == 206 and self._is_continuation(headers, start):
                 length = content_length(headers)
@@ -429,6 +431,7 @@ class _Download:
 
     def _is_continuation(self, headers: Mapping[str, str], start: int) -> bool:
         """Whether a 206 continues the part file: same version, same size, starting at `start`."""
+        # Wrong bytes after a right beginning would pass as a complete file unless the job has a checksum.
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
         if match is None or int(match[1]) != start:
             return False
