@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make .venv/ at the project's root and install into it; run_worker.sh and tests/run.sh call this.
 #   setup_env.sh runtime|dev
-# TORCH_SPEC names another torch than requirements-torch.txt; PYTHON names the interpreter.
+# TORCH_SPEC names another torch than requirements-torch.txt; PYTHON names the interpreter, and .venv/ is made again if it
+# has another version of Python.
 # Safe to run twice and from two shells at once.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -49,6 +50,15 @@ make_venv() {
   fi
 }
 
+version_of() { "$1" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null; }
+
+# Without PYTHON any working .venv/ will do: a system's newer python3 is no reason to install everything again.
+venv_fits() {
+  local version
+  version="$(version_of "$venv/bin/python")" || return 1
+  [ -z "${PYTHON:-}" ] || [ "$version" = "$(version_of "$(find_python)")" ]
+}
+
 # One at a time: a test run and a worker may start together on a fresh checkout.
 if command -v flock >/dev/null 2>&1; then
   exec 9>"$root/.venv.lock"
@@ -57,7 +67,7 @@ fi
 
 wanted="$(cat requirements*.txt | cksum | cut -d' ' -f1)-${torch_spec//[^A-Za-z0-9.=+]/_}"
 stamp="$venv/.installed-$kind"
-if [ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null; then
+if venv_fits; then
   for done_stamp in "$stamp" "$venv/.installed-dev"; do
     [ "$(cat "$done_stamp" 2>/dev/null)" = "$wanted" ] && exit 0
   done
