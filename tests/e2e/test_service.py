@@ -134,7 +134,7 @@ def test_a_start_without_weights_says_what_is_missing_and_takes_no_job(tmp_path:
 def test_a_wrong_setting_stops_the_start_with_its_name(tmp_path: Path, tiny_models: Path) -> None:
     server = Server(tmp_path, tiny_models, BATCH_SIZE="many")
     assert server.process.wait(START_LIMIT_S) != 0
-    server.log.close()
+    server.stop()
     assert "BATCH_SIZE must be a whole number" in server.log_text()
 
 

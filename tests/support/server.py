@@ -42,10 +42,13 @@ class Server:
         **environment: str,
     ) -> None:
         """`faulty` runs the same worker with deliberate faults (`faulty.conf.py`), commanded in `folder/faults`."""
-        # Bound here and inherited by the server: a port that is chosen and closed may be another process's by then.
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        port, number = listener.getsockname()[1], listener.fileno()
+        host = environment.get("WORKER_HOST", "127.0.0.1")
+        # Kept bound while the server runs, without listening: Linux lets the server bind the port too (both set
+        # SO_REUSEADDR), and no other process is given it.
+        self.reservation = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.reservation.bind((host, 0))
+        port = self.reservation.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.folder = folder
         self.log_path = folder / "log.txt"
@@ -76,22 +79,14 @@ class Server:
         self.faults.mkdir(exist_ok=True)
         configuration = ROOT / "tests/support/faulty.conf.py" if faulty else ROOT / "gunicorn.conf.py"
         command = command or [sys.executable, "-m", "gunicorn", "--config", str(configuration)]
-        if "app.py" in command:
-            # Werkzeug takes a listening socket from these variables.
-            listener.listen()
-            variables.update(WERKZEUG_RUN_MAIN="true", WERKZEUG_SERVER_FD=str(number))
-        else:
-            command = [*command, "--bind", f"fd://{number}"]
         self.log = self.log_path.open("wb")
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
-            pass_fds=(number,),
             env=variables,
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
-        listener.close()
 
     def health(self) -> tuple[int, dict[str, Any]]:
         answer = requests.get(f"{self.url}/hc", timeout=30)
@@ -161,4 +156,5 @@ class Server:
                 self.process.kill()
                 self.process.wait()
         self.log.close()
+        self.reservation.close()
         return self.process.returncode
