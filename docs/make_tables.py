@@ -99,6 +99,8 @@ def _limits(schema: dict[str, object]) -> str:
     assert isinstance(kinds, list)
     if "array" in kinds:
         return f"{schema['minItems']} whole numbers"
+    if "pattern" in schema:
+        return "`#rrggbb`"
     kind = "whole number" if "integer" in kinds else "number"
     return f"{kind}, {schema['minimum']} to {schema['maximum']}"
 

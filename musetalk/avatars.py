@@ -37,7 +37,7 @@ from musetalk.geometry import Box
 logger = logging.getLogger(__name__)
 
 # Part of every key: to be raised whenever preparing the same source gives other numbers, or the file's layout changes.
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".avatar"
 _UNFINISHED = ".avatar-part"
 # A writer that is still at work after this long is dead.

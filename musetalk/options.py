@@ -24,6 +24,7 @@ class RenderOptions:
     `loop_mode` chooses the frames after the end of the source: `ping_pong` the way back, `loop` the first frame again,
     `hold` the last one; with `trim` the output ends there. `silence` chooses the picture of a pause: generated from
     its sound, a mouth kept shut, or the source.
+    `background` (#rrggbb) is shown where the source is transparent.
     `device_pixels` cuts and pastes faces where the networks run; `overlap` prepares the source in a thread of its own.
     """
 
@@ -40,6 +41,7 @@ class RenderOptions:
     max_gap_frames: int | None = None
     loop_mode: LoopMode = "ping_pong"
     silence: SilenceMode = "generate"
+    background: str = "#ffffff"
     batch_size: int = 8
     aspect_ratio: str | None = None
     resolution: str | None = None
@@ -47,6 +49,12 @@ class RenderOptions:
     scratch_disk_bytes: int = 16 * 2**30
     device_pixels: bool = False
     overlap: bool = False
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        """The background as red, green and blue, 0 to 255."""
+        red, green, blue = bytes.fromhex(self.background.removeprefix("#"))
+        return red, green, blue
 
 
 def version_defaults(version: str) -> RenderOptions:

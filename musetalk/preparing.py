@@ -136,6 +136,8 @@ class SourcePreparer:
         self.n_frames = 0
         self.n_without_face = 0
         self.n_interpolated = 0
+        # Sentences about the source for the user, the same ones once for each reading.
+        self.warnings = list(info.warnings)
         self._reused: set[int] = set()
 
     def _choices(self) -> dict[str, object]:
@@ -145,6 +147,7 @@ class SourcePreparer:
             "device": self.models.device.type,
             "dtype": str(self.models.dtype),
             "frames": [info.width, info.height, str(info.rate), info.colour.matrix],
+            "background": options.background,
             "face_box": options.face_box,
             "bbox_shift": options.bbox_shift,
             "margin": [options.extra_margin, options.margin_share],
@@ -291,7 +294,14 @@ class SourcePreparer:
                 index += 1
 
     def _open(self, max_frames: int) -> BackgroundReader[media.SourceFrame]:
-        frames = media.read_source(self._path, self.info, self._limits, max_frames=max_frames)
+        frames = media.read_source(
+            self._path,
+            self.info,
+            self._limits,
+            max_frames=max_frames,
+            background=self.options.background_rgb,
+            on_warning=self.warnings.append,
+        )
         return BackgroundReader(frames, depth=QUEUE_DEPTH, name="decoder")
 
     def _forward(self, max_frames: int) -> Generator[tuple[media.SourceFrame, Record], None, None]:

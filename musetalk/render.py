@@ -203,7 +203,7 @@ class RenderSession:
         Raises MediaError when the audio or the source cannot be used, NoFaceError when no frame shows a face,
         CancelledError when `should_stop()` says so.
         """
-        waveform = media.read_waveform(self._audio_path, self._audio, self._limits)
+        waveform = media.read_waveform(self._audio_path, self._audio, self._limits, on_warning=self._warnings.append)
         self._audio_duration = Fraction(len(waveform), SAMPLE_RATE)
         self.n_frames = n_output_frames(len(waveform), self._source.rate)
         if self.options.loop_mode != "trim":
@@ -345,7 +345,7 @@ class RenderSession:
             self._source.colour.matrix,
             index,
             float(index / self._source.rate),
-            tuple(self._warnings),
+            self._all_warnings(),
         )
 
     def _records(self, store: FrameStore) -> Generator[Record, None, None] | BackgroundReader[Record]:
@@ -414,6 +414,10 @@ class RenderSession:
                 paste_planes(planes, face.plan, patch, self._source.colour.matrix)
         return media.fit_planes(planes, self._plan.crop, (self._plan.width, self._plan.height))
 
+    def _all_warnings(self) -> tuple[str, ...]:
+        """Warnings about the source, the audio and the output, each once."""
+        return tuple(dict.fromkeys([*self._preparer.warnings, *self._warnings]))
+
     def finish(self) -> RenderSummary:
         """Close and check the file; only then does it get its name. Raises EncodeError if it is wrong."""
         info = self._writer.close()
@@ -430,7 +434,7 @@ class RenderSession:
             n_reused=self._preparer.n_reused,
             generator_s=self.generator_s,
             encoder=info.codec,
-            warnings=tuple(self._warnings),
+            warnings=self._all_warnings(),
             model=self.models.version,
             options=self.options,
             peak_gpu_memory_mib=peak_memory_mib(self.models.device),

@@ -197,7 +197,7 @@ class Settings:
     max_audio_bytes: int = variable("MAX_AUDIO_BYTES", _whole(1, 2**40), "Largest audio file that is downloaded.", "104857600")
     max_audio_s: float = variable("MAX_AUDIO_SEC", _seconds(1, 86400), "Longest audio that is rendered.", "900")
     max_output_frames: int = variable("MAX_OUTPUT_FRAMES", _whole(1, 10_000_000), "Most frames one job may produce.", "27000")
-    max_source_side: int = variable("MAX_SOURCE_SIDE_PX", _whole(64, 16384), "Longest side of a source picture.", "3840")
+    max_source_side: int = variable("MAX_SOURCE_SIDE_PX", _whole(64, 16384), "Longest side of a source picture.", "4096")
     frame_memory_mb: int = variable("FRAME_MEMORY_MB", _whole(16, 1_048_576), "Memory for source frames kept for the way back (ping-pong); beyond it they go to a scratch file.", "512")
     scratch_disk_mb: int = variable("SCRATCH_DISK_MB", _whole(0, 16_777_216), "Disk for that scratch file.", "16384")
     avatar_memory_mb: int = variable("AVATAR_MEMORY_MB", _whole(0, 1_048_576), "Memory for prepared sources (faces, latents, masks) kept for later jobs; 0 keeps none in memory.", "512")

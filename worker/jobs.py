@@ -87,6 +87,17 @@ def _one_of(choices: Any) -> tuple[Callable[[Any], str], Schema]:
     return parse, {"enum": [*allowed, None]}
 
 
+def _colour() -> tuple[Callable[[Any], str], Schema]:
+    pattern = "^#[0-9a-fA-F]{6}$"
+
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
+            raise ValueError("must be a colour as #rrggbb")
+        return value.lower()
+
+    return parse, {"type": ["string", "null"], "pattern": pattern}
+
+
 # Far beyond any picture, and small enough for exact arithmetic in float32.
 _MAX_EDGE = 100_000
 
@@ -148,6 +159,9 @@ class JobParams:
         _one_of(SilenceMode),
         "pauses in the speech, also noisy ones: `generate` follows their sound (default), `closed` holds the mouth "
         "shut, `source` shows the source untouched",
+    )
+    background: str | None = param(
+        _colour(), "`#rrggbb`: the colour behind a source with transparency (default `#ffffff`, white)"
     )
     batch_size: int | None = param(_whole(1, 256), "output frames in one pass of the networks, instead of `BATCH_SIZE`")
     ignored: tuple[str, ...] = ()

@@ -1,16 +1,25 @@
 """Files to pictures and sound, and back (PyAV and Pillow). Knows no model, no settings, no network.
 
-Reading: `probe_source` and `probe_audio` (`probe_both` at once) look at a file in a limited process of their own;
+Reading, in limited processes of its own: `probe_source` and `probe_audio` (`probe_both` at once) look at a file,
 `read_source` gives its pictures on a constant-rate grid, `read_waveform` its sound as the model hears it.
 """
 
 from __future__ import annotations
 
+from musetalk.media.decoder import (
+    probe_audio,
+    probe_both,
+    probe_source,
+    read_audio_blocks,
+    read_source,
+    read_waveform,
+    start_decoder,
+)
 from musetalk.media.limits import AudioInfo, MediaLimits, SourceInfo
-from musetalk.media.probe import inspect_source, probe_audio, probe_both, probe_source
-from musetalk.media.reading import SourceFrame, read_source
+from musetalk.media.probe import inspect_source
+from musetalk.media.reading import SourceFrame
 from musetalk.media.scaling import fit_planes
-from musetalk.media.sound import inspect_audio, read_audio_blocks, read_waveform
+from musetalk.media.sound import inspect_audio
 from musetalk.media.writing import (
     PICTURE_SUFFIXES,
     EncoderSettings,
@@ -39,5 +48,6 @@ __all__ = [
     "read_audio_blocks",
     "read_source",
     "read_waveform",
+    "start_decoder",
     "write_picture",
 ]

@@ -38,6 +38,9 @@ _SQUARE_WITHIN = Fraction(25, 1000)
 _WIDEST_ASPECT = 4
 
 Matrix2 = tuple[int, int, int, int]
+Background = tuple[int, int, int]  # red, green, blue
+
+WHITE: Background = (255, 255, 255)
 
 
 def frame_tags(frame: Any) -> Tags:
@@ -93,8 +96,10 @@ def display_size(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
 class FrameConverter:
     """Turns decoded frames of one source into planes of the size its SourceInfo names."""
 
-    def __init__(self, info: SourceInfo, limits: MediaLimits) -> None:
+    def __init__(self, info: SourceInfo, limits: MediaLimits, background: Background = WHITE) -> None:
+        """`background` is shown where the source is transparent."""
         self._info, self._limits = info, limits
+        self._background = background
         self._size = info.upright_size
         self._graph: _FilterGraph | None = None
 
@@ -127,7 +132,8 @@ class FrameConverter:
         filtered = self._filtered(frame, chain)
         n_bytes = 4 if name == "bgra" else 3
         pixels = _rows(filtered.planes[0], filtered.height, filtered.width * n_bytes)
-        bgr = over_white(pixels.reshape(filtered.height, filtered.width, n_bytes))
+        blue_first = self._background[::-1]
+        bgr = over(pixels.reshape(filtered.height, filtered.width, n_bytes), blue_first)
         return bgr_to_planes(np.ascontiguousarray(bgr), self._info.colour.matrix)
 
     def _yuv_chain(self, frame: Any, plan: ColourPlan, *, converts: bool) -> list[tuple[str, str]]:
@@ -276,15 +282,15 @@ def limited(planes: Planes) -> Planes:
     return Planes(mapped(planes.y, luma), mapped(planes.u, chroma), mapped(planes.v, chroma))
 
 
-def over_white(pixels: NDArray[Any]) -> UInt8Array:
-    """Three or four 8-bit channels (h, w, c) as three: what is transparent shows white."""
+def over(pixels: NDArray[Any], background: Background = WHITE) -> UInt8Array:
+    """Three or four 8-bit channels (RGB or RGBA, h, w, c) as three: what is transparent shows `background` (RGB)."""
     if pixels.shape[2] == 3:
         return np.asarray(pixels, np.uint8)
     alpha = pixels[..., 3].astype(np.uint16)
     shown = np.empty((*alpha.shape, 3), np.uint8)
-    for channel in range(3):
+    for channel, level in enumerate(background):
         # 255 * 255 + 127 still fits 16 bits. One channel at a time: a large still takes 18 MB for each.
-        shown[..., channel] = (pixels[..., channel] * alpha + 255 * (255 - alpha) + 127) // 255
+        shown[..., channel] = (pixels[..., channel] * alpha + level * (255 - alpha) + 127) // 255
     return shown
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -19,8 +20,10 @@ class MediaLimits:
     """
 
     min_side: int = 64  # px, of the longer side
-    max_side: int = 3840  # px, of the longer side
+    max_side: int = 4096  # px, of the longer side
     max_pixels: int = 8_900_000
+    # Larger stills up to here are scaled down; a phone's largest has 50 million.
+    max_still_pixels: int = 60_000_000
     min_rate: Fraction = Fraction(10)
     raised_rate: Fraction = Fraction(25)
     max_rate: Fraction = Fraction(60)
@@ -35,7 +38,10 @@ class MediaLimits:
     read_timeout_s: float = 5.0
     probe_wall_s: float = 20.0
     probe_cpu_s: int = 15
-    probe_memory_bytes: int = 2 * 2**30  # address space of the probing process
+    probe_memory_bytes: int = 2 * 2**30  # address space of the process that takes a first look
+    stall_s: float = 30.0  # between two pictures or blocks of sound
+    max_animation_s: float = 60.0  # to decode all pictures of an animation
+    reading_memory_bytes: int = 4 * 2**30  # address space of the process that decodes
     decoder_threads: int = 2
 
     def check_size(self, width: int, height: int, what: str = "the source") -> None:
@@ -54,6 +60,35 @@ class MediaLimits:
                 width=width,
                 height=height,
             )
+
+    def check_still_size(self, width: int, height: int, what: str = "the source") -> None:
+        """Raise MediaError unless a still of `width` x `height` px may be decoded and scaled down."""
+        if width * height > self.max_still_pixels:
+            raise MediaError(
+                f"{what} is a picture of {width}x{height} px; at most {self.max_still_pixels / 1e6:.0f} million pixels "
+                "are allowed",
+                width=width,
+                height=height,
+            )
+        # Long and thin ones would have no pixels left.
+        self.check_size(*self.fitting_size(width, height), what)
+
+    def fitting_size(self, width: int, height: int) -> tuple[int, int]:
+        """The size itself, or the largest with the same shape and even sides that is allowed."""
+        share = min(1.0, self.max_side / max(width, height), math.sqrt(self.max_pixels / (width * height)))
+        if share == 1.0:
+            return width, height
+        return max(2, int(width * share) // 2 * 2), max(2, int(height * share) // 2 * 2)
+
+    def to_json(self) -> dict[str, Any]:
+        """The limits as JSON values: fractions as "a/b"."""
+        return {name: str(value) if isinstance(value, Fraction) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> MediaLimits:
+        """The limits that `to_json` described."""
+        rates = {name: Fraction(plain[name]) for name in ("min_rate", "raised_rate", "max_rate", "resampled_rate")}
+        return cls(**{**plain, **rates})
 
 
 @dataclass(frozen=True)
@@ -76,6 +111,8 @@ class SourceInfo:
     source_rate: Fraction = Fraction(25)  # nominal rate of the file
     trusts_timestamps: bool = True  # False: picture i of the file is shown at i / source_rate
     clock_grain: Fraction = Fraction(1, 1000)  # unit of the file's time stamps, s
+    is_steady: bool = False  # its pictures follow a beat of `source_rate` under the jitter of their stamps
+    warnings: tuple[str, ...] = ()  # sentences for its owner
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -114,6 +151,7 @@ def source_from_json(plain: dict[str, Any]) -> SourceInfo:
         values[name] = Fraction(values[name])
     values["duration"] = None if values["duration"] is None else Fraction(values["duration"])
     values["colour"] = Colour(*values["colour"])
+    values["warnings"] = tuple(values["warnings"])
     return SourceInfo(**values)
 
 

@@ -7,9 +7,10 @@ of them: a playlist or script that names other files or hosts is refused before 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +19,19 @@ import av
 import av.error
 
 from musetalk.errors import MediaError, ProcessingError
+from musetalk.media.foreign_files import unreadable_reason
 from musetalk.media.limits import MediaLimits
 
 PictureFormat = Literal["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
 
 # FFmpeg's names of the containers that are accepted; a demuxer outside this list is never run.
-CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "wav", "mp3", "ogg", "flac", "aac")
+# (docs/media.md#containers says how each was tried.)
+CONTAINERS = (
+    *("mov", "mp4", "matroska", "webm", "avi", "mpegts", "wav", "mp3", "ogg", "flac", "aac"),
+    *("aiff", "caf", "au", "amr", "asf", "flv", "mpeg", "ac3", "eac3", "w64", "loas", "wv", "tta"),
+)
 
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC
 # What only the machine can be the cause of; "input/output error" is what some demuxers say of a file that was cut.
 _MACHINE_ERRORS = {errno.ENOENT, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ESTALE}
@@ -77,10 +84,13 @@ def _head(path: Path, what: str) -> bytes:
 
 
 @contextmanager
-def open_container(path: Path, limits: MediaLimits, what: str = "the source") -> Iterator[Any]:
-    """Open the container of `path` and close it after the block. FFmpeg's errors inside the block become ours.
+def open_container(
+    path: Path, limits: MediaLimits, what: str = "the source", *, span: tuple[int, int] | None = None
+) -> Iterator[Any]:
+    """Open the container of `path`, or of a `span` of its bytes (first, behind the last), and close it after the block.
 
-    Raises MediaError for a container that is not accepted or cannot be decoded, ProcessingError for a system error.
+    FFmpeg's errors inside the block become ours. Raises MediaError for a container that is not accepted or cannot be
+    decoded, ProcessingError for a system error.
     """
     options = {
         "format_whitelist": ",".join(CONTAINERS),
@@ -91,20 +101,26 @@ def open_container(path: Path, limits: MediaLimits, what: str = "the source") ->
         try:
             # The prefix keeps a name such as "concat:a|b" from being read as a protocol.
             container = av.open(
-                f"file:{os.path.abspath(path)}",
+                f"file:{os.path.abspath(path)}" if span is None else _part(path, *span),
                 options=options,
                 timeout=(limits.open_timeout_s, limits.read_timeout_s),
                 **_METADATA,
             )
         except (av.error.InvalidDataError, av.error.EOFError, av.error.ArgumentError):
             # The last is what a demuxer outside the list ends with.
-            raise MediaError(f"{what} is not a media file of a supported kind, or its beginning is damaged") from None
+            raise MediaError(unreadable_reason(path, what)) from None
         try:
             if not set(container.format.name.split(",")) & set(CONTAINERS):
                 raise MediaError(f"{what} is in a container that is not supported", container=container.format.name)
             yield container
         finally:
             container.close()
+
+
+def _part(path: Path, start: int, end: int) -> io.BytesIO:
+    with path.open("rb") as file:
+        file.seek(start)
+        return io.BytesIO(file.read(end - start))
 
 
 @contextmanager
@@ -151,33 +167,44 @@ def _is_cover(stream: Any) -> bool:
     return bool(int(stream.disposition) & _ATTACHED_PICTURE)
 
 
-def prepare_decoder(stream: Any, limits: MediaLimits) -> None:
-    """Set the pixel limit and the threads on the decoder of `stream`, before it decodes its first packet."""
+def prepare_decoder(stream: Any, limits: MediaLimits) -> Any:
+    """The decoder of `stream` with its pixel limit and threads, before it decodes its first packet."""
     context = stream.codec_context
+    alpha = _ALPHA_DECODERS.get(context.name)
+    if alpha in av.codecs_available and stream.metadata.get("alpha_mode") == "1":
+        # FFmpeg's own decoders of VP8 and VP9 leave transparency out.
+        context = av.CodecContext.create(alpha, "r")
     context.thread_count = limits.decoder_threads
     context.thread_type = "AUTO"
     if stream.type == "video":
         # A header may announce a small picture while the stream contains a large one.
         context.options = {"max_pixels": str(limits.max_pixels)}
+    return context
 
 
-def packets(container: Any, stream: Any) -> Iterator[Any]:
-    """The packets of `stream` and an empty one at the end, also when the container breaks off before."""
+def packets(container: Any, stream: Any, on_break: Callable[[], None] = lambda: None) -> Iterator[Any]:
+    """The packets of `stream` and an empty one at the end; `on_break` is called when the container breaks off."""
     try:
         yield from container.demux(stream)
     except av.error.FFmpegError as error:
         if error.errno in _MACHINE_ERRORS or isinstance(error, (av.error.ExitError, av.error.MemoryError)):
             raise
+        on_break()
         # An empty packet flushes the frames that are still in the decoder.
         empty = av.Packet()
         empty.stream = stream
         yield empty
 
 
-def decode(packet: Any, what: str = "the source") -> list[Any]:
-    """Decode `packet` and return the frames; raises MediaError when the codec is not known."""
+def decode(packet: Any, what: str = "the source", decoder: Any = None) -> list[Any]:
+    """Decode `packet`, with the `decoder` of its stream or another, and return the frames.
+
+    Raises MediaError when the codec is not known.
+    """
     try:
-        return list(packet.decode())
+        if decoder is None or decoder is packet.stream.codec_context:
+            return list(packet.decode())
+        return list(decoder.decode(packet if packet.size else None))
     except av.error.FFmpegError:
         raise
     except ValueError:

@@ -12,7 +12,8 @@ import av.error
 
 from musetalk.errors import MediaError
 from musetalk.frames import Planes
-from musetalk.media.converting import Deinterlacer, FrameConverter
+from musetalk.media.cadence import on_beat
+from musetalk.media.converting import WHITE, Background, Deinterlacer, FrameConverter
 from musetalk.media.limits import MediaLimits, SourceInfo
 from musetalk.media.opening import decode, open_container, packets, picture_format, prepare_decoder, video_stream
 from musetalk.media.stills import read_animation, read_still
@@ -34,19 +35,31 @@ class SourceFrame:
 
 
 def read_source(
-    path: Path, info: SourceInfo, limits: MediaLimits, *, max_frames: int | None = None
+    path: Path,
+    info: SourceInfo,
+    limits: MediaLimits,
+    *,
+    max_frames: int | None = None,
+    background: Background = WHITE,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> Generator[SourceFrame, None, None]:
     """The first `max_frames` frames (default: all) of the probed source; a still gives one.
 
     Closing the generator closes the file. A cut file gives the frames that it contains. Raises MediaError when nothing
     can be decoded, when more pictures than the allowed share are damaged, or when it is longer than allowed.
+    What is transparent shows `background` (RGB). `on_warning` gets a sentence when some are damaged.
     """
     form = picture_format(path)
     if form is not None and info.kind == "still":
-        yield SourceFrame(0, read_still(path, form, info, limits), is_repeat=False)
+        yield SourceFrame(0, read_still(path, form, info, limits, background), is_repeat=False)
         return
     health = _Health(limits)
-    timed = read_animation(path, form, info, limits) if form is not None else _video(path, info, limits, health)
+    if form is not None:
+        timed = read_animation(path, form, info, limits, background)
+    else:
+        timed = _video(path, info, limits, health, background)
+    if info.is_steady:
+        timed = on_beat(timed, info.source_rate)
     planes: Planes | None = None
     late = tolerance(info.rate, info.source_rate, info.clock_grain)
     for tick, load, is_repeat in on_grid(timed, info.rate, late):
@@ -60,6 +73,8 @@ def read_source(
     if planes is None and max_frames != 0:
         raise MediaError("the source contains no picture that can be decoded")
     health.check()
+    for warning in health.warnings():
+        on_warning(warning)
 
 
 class _Health:
@@ -85,17 +100,26 @@ class _Health:
                 pictures=self.n_pictures,
             )
 
+    def warnings(self) -> Iterator[str]:
+        """A sentence when pictures are damaged, but so few that the source is used."""
+        if self.n_corrupt:
+            yield (
+                f"the source is damaged: {self.n_corrupt} of {self.n_pictures} pictures could not be decoded correctly"
+            )
 
-def _video(path: Path, info: SourceInfo, limits: MediaLimits, health: _Health) -> Iterator[Timed[Loader]]:
+
+def _video(
+    path: Path, info: SourceInfo, limits: MediaLimits, health: _Health, background: Background
+) -> Iterator[Timed[Loader]]:
     """The pictures of a video with their times, deinterlaced where they have two fields; converted on access."""
-    converter = FrameConverter(info, limits)
+    converter = FrameConverter(info, limits, background)
     with open_container(path, limits) as container:
         stream = video_stream(container)
-        prepare_decoder(stream, limits)
+        decoder = prepare_decoder(stream, limits)
         clock = Clock(info.source_rate, as_fraction(stream.time_base), trusts_timestamps=info.trusts_timestamps)
         deinterlacer: Deinterlacer | None = None
         waiting: dict[int, Timed[None]] = {}
-        for number, frame in enumerate(decoded_frames(container, stream, health.count)):
+        for number, frame in enumerate(decoded_frames(container, stream, decoder, health.count)):
             time = Timed(*clock.stamp(frame.pts, getattr(frame, "duration", None)), None)
             if deinterlacer is None and frame.interlaced_frame:
                 deinterlacer = Deinterlacer()
@@ -116,14 +140,14 @@ def _loaders(
         yield Timed(time.time, time.duration, partial(converter.planes, frame))
 
 
-def decoded_frames(container: Any, stream: Any, count: Callable[..., None]) -> Iterator[Any]:
+def decoded_frames(container: Any, stream: Any, decoder: Any, count: Callable[..., None]) -> Iterator[Any]:
     """All frames of `stream` in order of presentation; calls `count(is_corrupt=...)` for each and for each lost one.
 
     A packet that cannot be decoded loses its picture only; a container that breaks off ends the stream.
     """
     for packet in packets(container, stream):
         try:
-            frames = decode(packet)
+            frames = decode(packet, decoder=decoder)
         except (av.error.MemoryError, av.error.DecoderNotFoundError, av.error.ArgumentError):
             # The last is what the pixel limit ends with.
             raise

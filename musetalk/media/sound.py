@@ -6,15 +6,16 @@ memory does not grow with the file, and a file longer than allowed is left where
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import av
 import av.error
 import numpy as np
-from numpy.typing import NDArray
 
 from musetalk.errors import MediaError
 from musetalk.media.limits import AudioInfo, MediaLimits
@@ -27,31 +28,37 @@ from musetalk.media.opening import (
     picture_format,
     prepare_decoder,
 )
+from musetalk.media.sound_clock import TOLERANCE_S, Block, Corrections, on_clock
+from musetalk.media.sound_frames import Float32Array, as_float, float_frame
+from musetalk.media.sound_mix import Mixer
 from musetalk.media.timing import as_fraction
+from musetalk.media.wav_chain import wav_parts
 
-Float32Array = NDArray[np.float32]
+OnWarning = Callable[[str], None]
 
 WAVEFORM_RATE = 16_000
 WHAT = "the audio"
 
 # A long filter: 7 kHz passes untouched, 8.4 kHz is 97 dB down; FFmpeg's default lets -22 dB of it alias into speech.
 _RESAMPLER = "filter_size=128:phase_shift=10:cutoff=0.95"
-# Values beyond this are no sound (a float file may contain anything); 18 dB above full scale allows overshoot.
-_MAX_SAMPLE = 8.0
 # Encoders pad the last frame; more than this is not padding but a wrong header.
 _MAX_PADDING_S = Fraction(1, 4)
 # Decoders round, so a file of exactly the allowed length may become a little longer.
 _LENGTH_TOLERANCE_S = 0.1
+# The highest rate that any recorder has; a header of 48 MHz would cost gigabytes.
+MAX_RATE = 768_000
+MAX_CHANNELS = 64
 _LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
-# numpy type, middle and full scale of FFmpeg's sample formats, without the mark of planar ones.
-_SAMPLE_FORMATS: dict[str, tuple[Any, float, float]] = {
-    "u8": (np.uint8, 128.0, 2.0**7),
-    "s16": (np.int16, 0.0, 2.0**15),
-    "s32": (np.int32, 0.0, 2.0**31),
-    "s64": (np.int64, 0.0, 2.0**63),
-    "flt": (np.float32, 0.0, 1.0),
-    "dbl": (np.float64, 0.0, 1.0),
-}
+# Containers whose clock begins with the file: sound that begins later was recorded later.
+_ZERO_BASED = {"mov", "mp4", "matroska", "webm", "flv", "avi", "asf"}
+# A later start belongs to a recording that was cut out of a longer one.
+_MAX_LATE_S = Fraction(30)
+# Containers that say nothing about their length; FFmpeg guesses it from the first packets or reads the last ones.
+_UNDECLARED = {"mp3", "aac", "ac3", "eac3", "mpegts", "mpeg", "ogg", "amr", "loas"}
+# Writers of WAV that cannot go back leave the largest size of one sign or the other.
+_PLACEHOLDER_BYTES = 0x7FFF0000
+# A missing end is reported from this length on, or from this share of what was promised.
+MISSING_S, MISSING_SHARE = Fraction(1, 4), Fraction(2, 100)
 
 
 def inspect_audio(path: Path, limits: MediaLimits) -> AudioInfo:
@@ -59,23 +66,18 @@ def inspect_audio(path: Path, limits: MediaLimits) -> AudioInfo:
     _refuse_pictures(path)
     with open_container(path, limits, WHAT) as container:
         stream = audio_stream(container, WHAT)
+        _check_rate(stream.codec_context.sample_rate or 0)
         duration = _declared_duration(container, stream)
-        block = next(_decoded(container, stream, limits), None)
+        block = next(_decoded(container, stream, limits, _Health(limits)), None)
         if block is None:
             raise MediaError(f"{WHAT} contains no sound that can be decoded")
-        samples, rate = block
-        return AudioInfo(duration, rate, samples.shape[0], stream.codec_context.name, container.format.name)
+        return AudioInfo(duration, block.rate, block.samples.shape[0], stream.codec_context.name, container.format.name)
 
 
-def read_waveform(path: Path, info: AudioInfo, limits: MediaLimits) -> Float32Array:  # noqa: ARG001 - see below
-    """The whole track as mono float32 (n,) at 16 kHz, full scale 1; channels count equally.
-
-    Specified in docs/model.md#sound-to-waveform. Its length is that of the decoded sound, not the header's; `info` says
-    that the file was probed. Raises MediaError when it is shorter or longer than allowed, or when too much of it cannot
-    be decoded.
-    """
-    blocks = [block[0] for block in read_audio_blocks(path, limits, rate=WAVEFORM_RATE, n_channels=1)]
-    waveform = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+def joined_waveform(blocks: Iterable[Float32Array], limits: MediaLimits) -> Float32Array:
+    """Mono blocks (1, n) at 16 kHz as one waveform (n,); raises MediaError outside the allowed lengths."""
+    parts = [block[0] for block in blocks]
+    waveform = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     duration = len(waveform) / WAVEFORM_RATE
     if duration < limits.min_audio_s:
         raise MediaError(
@@ -86,18 +88,78 @@ def read_waveform(path: Path, info: AudioInfo, limits: MediaLimits) -> Float32Ar
     return waveform
 
 
-def read_audio_blocks(path: Path, limits: MediaLimits, *, rate: int, n_channels: int) -> Iterator[Float32Array]:
-    """The same sound in blocks of float32 (n_channels, n), n > 0, at `rate` Hz, full scale 1; 1 or 2 channels.
+def read_audio_blocks(
+    path: Path,
+    limits: MediaLimits,
+    *,
+    rate: int,
+    n_channels: int,
+    on_warning: OnWarning = lambda _: None,
+) -> Iterator[Float32Array]:
+    """The sound in blocks of float32 (n_channels, n), n > 0, at `rate` Hz, full scale 1; 1 or 2 channels.
 
-    Mono is the plain mean of all channels; more than two become stereo by the usual weights. The number of samples is
-    ceil(duration * rate). A generator: closing it closes the file. Raises MediaError like `read_waveform`, but knows no
-    shortest length.
+    Mono is the plain mean of all channels, unless they cancel each other; more than two become stereo by the usual
+    weights. The number of samples is ceil(duration * rate). A generator: closing it closes the file. `on_warning` gets
+    a sentence for each hole, overlap or missing end. Raises MediaError for what cannot be decoded, and when it is
+    longer than allowed; knows no shortest length.
     """
     _refuse_pictures(path)
-    with open_container(path, limits, WHAT) as container:
-        stream = audio_stream(container, WHAT)
-        decoded = _without_padding(_decoded(container, stream, limits), _trusted_duration(container, stream))
-        yield from _resampled(_limited(decoded, limits), rate, n_channels)
+    blocks = _limited(_all_parts(path, limits, on_warning), limits)
+    yield from _resampled(blocks, rate, n_channels, on_warning)
+
+
+def _all_parts(path: Path, limits: MediaLimits, on_warning: OnWarning) -> Iterator[Block]:
+    """The blocks of the file, or of all files that were joined in it, on their clocks."""
+    parts = wav_parts(path)
+    health, played, declared = _Health(limits), Fraction(0), list[Fraction | None]()
+    for span in parts:
+        with open_container(path, limits, WHAT, span=None if len(parts) == 1 else span) as container:
+            stream = audio_stream(container, WHAT)
+            declared.append(_promised(path, container, stream))
+            decoded = _decoded(container, stream, limits, health)
+            trimmed = _without_padding(decoded, _trusted_duration(container, stream))
+            for block in _on_clock(trimmed, container, stream, on_warning):
+                played += block.duration
+                yield block
+    health.check()
+    promised = None if None in declared else sum(filter(None, declared), Fraction(0))
+    for warning in health.warnings(promised, played):
+        on_warning(warning)
+
+
+def _on_clock(blocks: Iterator[Block], container: Any, stream: Any, on_warning: OnWarning) -> Iterator[Block]:
+    """The blocks at their times; warns of what was changed for that."""
+    first = next(blocks, None)
+    if first is None:
+        return
+    done = Corrections()
+    late = _late_start(container, stream, first.time)
+    yield from on_clock(chain([first], blocks), late, done)
+    if late > MISSING_S:
+        on_warning(f"{WHAT} begins {float(late):.2f} s after the start of its file: silence was added")
+    for warning in done.warnings(WHAT):
+        on_warning(warning)
+
+
+def _late_start(container: Any, stream: Any, first: Fraction | None) -> Fraction:
+    """Silence (s) before the first sample: what a player shows between the start of the file and its sound."""
+    if first is None:
+        return Fraction(0)
+    if set(container.format.name.split(",")) & _ZERO_BASED:
+        start = Fraction(0)
+    else:
+        # Where the clock begins anywhere, the earliest other track is the start.
+        starts = [_start(other) for other in container.streams if other.index != stream.index]
+        start = min((time for time in starts if time is not None), default=first)
+    late = first - start
+    return late if TOLERANCE_S < late <= _MAX_LATE_S else Fraction(0)
+
+
+def _start(stream: Any) -> Fraction | None:
+    unit = as_fraction(stream.time_base)
+    if stream.type not in {"audio", "video"} or stream.start_time is None or unit is None:
+        return None
+    return int(stream.start_time) * unit
 
 
 def _refuse_pictures(path: Path) -> None:
@@ -112,6 +174,33 @@ def _declared_duration(container: Any, stream: Any) -> Fraction | None:
     return Fraction(container.duration, av.time_base) if container.duration else None
 
 
+def _promised(path: Path, container: Any, stream: Any) -> Fraction | None:
+    """The length (s) that the header promises for this track; None where it promises none."""
+    names = set(container.format.name.split(","))
+    if names & _UNDECLARED and not ("mp3" in names and has_frame_count(path)):
+        return None
+    if not stream.duration and len(container.streams) > 1:
+        # The container's length is that of its longest track.
+        return None
+    declared = _declared_duration(container, stream)
+    n_bytes_a_second = (stream.codec_context.bit_rate or 0) / 8
+    if declared is None or declared * n_bytes_a_second >= _PLACEHOLDER_BYTES:
+        return None
+    return declared
+
+
+def has_frame_count(path: Path) -> bool:
+    """Whether an MP3 says in its first frame how many frames it has."""
+    with path.open("rb") as file:
+        head = file.read(10)
+        size = 0
+        if head[:3] == b"ID3" and len(head) == 10:
+            size = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+        file.seek(size)
+        frame = file.read(2048)
+    return any(mark in frame for mark in (b"Xing", b"Info", b"VBRI"))
+
+
 def _trusted_duration(container: Any, stream: Any) -> Fraction | None:
     """The declared length (s) where the container counts samples (the MP4 family); elsewhere it is an estimate."""
     unit = as_fraction(stream.time_base)
@@ -120,95 +209,139 @@ def _trusted_duration(container: Any, stream: Any) -> Fraction | None:
     return None
 
 
-def _decoded(container: Any, stream: Any, limits: MediaLimits) -> Iterator[tuple[Float32Array, int]]:
-    """Blocks of (samples float32 (channels, n), rate in Hz) in the order of the file.
+class _Health:
+    """Counts the packets of sound and those that cannot be decoded."""
 
-    A packet that cannot be decoded is left out; raises MediaError when they are more than the allowed share.
-    """
+    def __init__(self, limits: MediaLimits) -> None:
+        self._limits = limits
+        self._n_packets = self._n_bad = 0
+        self._breaks_off = False
+
+    def count(self, *, is_bad: bool = False) -> None:
+        """Count one packet, or the failure of one that was counted."""
+        if is_bad:
+            self._n_bad += 1
+        else:
+            self._n_packets += 1
+
+    def break_off(self) -> None:
+        """Note that the container ended in the middle."""
+        self._breaks_off = True
+
+    def check(self) -> None:
+        """Raise MediaError when more packets are damaged than allowed."""
+        # The last packet of a cut file is often incomplete, and a tag between packets can look like one.
+        if self._n_bad > max(2, self._limits.max_corrupt_share * self._n_packets):
+            raise MediaError(
+                f"{WHAT} is damaged: {self._n_bad} of {self._n_packets} packets cannot be decoded", corrupt=self._n_bad
+            )
+
+    def warnings(self, promised: Fraction | None, played: Fraction) -> Iterator[str]:
+        """Sentences for what is missing of the `promised` length, in seconds."""
+        if promised is not None and is_missing(promised, played):
+            yield (
+                f"{WHAT} is incomplete: its header promises {float(promised):.2f} s, "
+                f"{float(played):.2f} s could be decoded"
+            )
+        elif self._breaks_off:
+            yield f"{WHAT} breaks off: {float(played):.2f} s could be decoded, its end is missing or damaged"
+        if self._n_bad > 1:
+            yield f"{WHAT} is damaged: {self._n_bad} of {self._n_packets} packets could not be decoded"
+
+
+def is_missing(promised: Fraction, found: Fraction) -> bool:
+    """Whether so much of a promised length (s) was not found that its owner should know."""
+    missing = promised - found
+    return missing > MISSING_S or (missing > MISSING_SHARE * promised and missing > Fraction(5, 100))
+
+
+def _decoded(container: Any, stream: Any, limits: MediaLimits, health: _Health) -> Iterator[Block]:
+    """The decoded frames in the order of the file; a packet that cannot be decoded is left out and counted."""
     prepare_decoder(stream, limits)
-    n_packets = n_bad = 0
-    for packet in packets(container, stream):
-        n_packets += 1
+    for packet in packets(container, stream, health.break_off):
+        health.count()
         try:
             frames = decode(packet, WHAT)
         except (av.error.MemoryError, av.error.DecoderNotFoundError):
             raise
         except (av.error.FFmpegError, UnicodeDecodeError):
-            n_bad += 1
+            health.count(is_bad=True)
             continue
         for frame in frames:
             if frame.samples and frame.sample_rate:
-                yield _as_float(frame), frame.sample_rate
-    # The last packet of a cut file is often incomplete, and a tag between packets can look like one.
-    if n_bad > max(2, limits.max_corrupt_share * n_packets):
-        raise MediaError(f"{WHAT} is damaged: {n_bad} of {n_packets} packets cannot be decoded", corrupt=n_bad)
+                _check_form(frame)
+                unit = as_fraction(frame.time_base)
+                time = None if frame.pts is None or unit is None else frame.pts * unit
+                yield Block(as_float(frame), frame.sample_rate, time)
 
 
-def _as_float(frame: Any) -> Float32Array:
-    """The samples of a decoded frame as float32 (channels, n) of full scale 1, without NaN or infinity."""
-    name, n_channels = frame.format.name, frame.layout.nb_channels
-    planar = frame.format.is_planar
-    dtype, middle, scale = _SAMPLE_FORMATS[name.removesuffix("p") if planar else name]
-    count = frame.samples * (1 if planar else n_channels)
-    planes = np.stack([np.frombuffer(plane, dtype, count) for plane in frame.planes])
-    channels = planes if planar else planes.reshape(-1, n_channels).T
-    if dtype is np.float32:
-        samples = channels.astype(np.float32)
-    else:
-        samples = ((channels.astype(np.float64) - middle) / scale).astype(np.float32)
-    return np.clip(np.nan_to_num(samples, copy=False, nan=0.0, posinf=0.0, neginf=0.0), -_MAX_SAMPLE, _MAX_SAMPLE)
+def _check_rate(rate: int) -> None:
+    if rate > MAX_RATE:
+        raise MediaError(f"{WHAT} has {rate} samples a second; at most {MAX_RATE} are allowed", sample_rate=rate)
 
 
-def _without_padding(
-    blocks: Iterator[tuple[Float32Array, int]], duration: Fraction | None
-) -> Iterator[tuple[Float32Array, int]]:
+def _check_form(frame: Any) -> None:
+    _check_rate(frame.sample_rate)
+    if frame.layout.nb_channels > MAX_CHANNELS:
+        raise MediaError(f"{WHAT} has {frame.layout.nb_channels} channels; at most {MAX_CHANNELS} are allowed")
+
+
+def _without_padding(blocks: Iterator[Block], duration: Fraction | None) -> Iterator[Block]:
     """The blocks up to `duration` (s), when what follows is short enough to be an encoder's padding; else all."""
-    n_seen, held = 0, []
-    for samples, rate in blocks:
-        declared = None if duration is None else round(duration * rate)
-        if declared is None or n_seen + samples.shape[1] <= declared:
-            yield samples, rate
+    n_seen, held = 0, list[Block]()
+    for block in blocks:
+        n = block.samples.shape[1]
+        declared = None if duration is None else round(duration * block.rate)
+        if declared is None or n_seen + n <= declared:
+            yield block
         else:
             n_kept = max(0, declared - n_seen)
             if n_kept:
-                yield samples[:, :n_kept], rate
-            held.append((samples[:, n_kept:], rate))
-            if n_seen + samples.shape[1] - declared > _MAX_PADDING_S * rate:
+                yield replace(block, samples=block.samples[:, :n_kept])
+            time = None if block.time is None else block.time + Fraction(n_kept, block.rate)
+            held.append(Block(block.samples[:, n_kept:], block.rate, time))
+            if n_seen + n - declared > _MAX_PADDING_S * block.rate:
                 yield from held
                 held, duration = [], None
-        n_seen += samples.shape[1]
+        n_seen += n
 
 
-def _limited(blocks: Iterator[tuple[Float32Array, int]], limits: MediaLimits) -> Iterator[tuple[Float32Array, int]]:
+def _limited(blocks: Iterator[Block], limits: MediaLimits) -> Iterator[Block]:
     """The blocks; raises MediaError one second after the longest allowed duration."""
     seconds = 0.0
-    for samples, rate in blocks:
-        seconds += samples.shape[1] / rate
+    for block in blocks:
+        seconds += block.samples.shape[1] / block.rate
         if seconds > limits.max_audio_s + 1:
             raise _too_long(limits)
-        yield samples, rate
+        yield block
 
 
 def _too_long(limits: MediaLimits) -> MediaError:
     return MediaError(f"{WHAT} is longer than the {limits.max_audio_s:g} s allowed", limit_s=limits.max_audio_s)
 
 
-def _resampled(blocks: Iterator[tuple[Float32Array, int]], rate: int, n_channels: int) -> Iterator[Float32Array]:
+def _resampled(
+    blocks: Iterator[Block], rate: int, n_channels: int, on_warning: OnWarning = lambda _: None
+) -> Iterator[Float32Array]:
     """The blocks with `n_channels` channels at `rate` Hz; a stream may change its own rate and layout on the way."""
     resampler: _Resampler | None = None
     form: tuple[int, int] | None = None
-    for samples, source_rate in blocks:
+    mixer = Mixer()
+    for block in blocks:
         # There is no usual way from more than eight channels to two.
-        mixed = samples if n_channels == 2 and len(samples) in _LAYOUTS else samples.mean(axis=0, keepdims=True)
-        if form != (mixed.shape[0], source_rate):
+        keeps_channels = n_channels == 2 and len(block.samples) in _LAYOUTS
+        mixed = block.samples if keeps_channels else mixer.mono(block.samples)
+        if form != (mixed.shape[0], block.rate):
             if resampler is not None:
                 yield from resampler.finish()
-            form = (mixed.shape[0], source_rate)
-            resampler = _Resampler(mixed.shape[0], source_rate, n_channels, rate)
+            form = (mixed.shape[0], block.rate)
+            resampler = _Resampler(mixed.shape[0], block.rate, n_channels, rate)
         assert resampler is not None
         yield from resampler.resample(mixed)
     if resampler is not None:
         yield from resampler.finish()
+    if mixer.was_needed:
+        on_warning(f"the channels of {WHAT} cancel each other; for the mouth their signs were made equal")
 
 
 class _Resampler:
@@ -225,7 +358,7 @@ class _Resampler:
         graph = av.filter.Graph()
         source = graph.add(
             "abuffer",
-            f"sample_rate={self._source_rate}:sample_fmt=fltp:channel_layout={self._layout}"
+            f"sample_rate={self._source_rate}:sample_fmt=flt:channel_layout={self._layout}"
             f":time_base=1/{self._source_rate}",
         )
         resample = graph.add("aresample", f"{self._rate}:{_RESAMPLER}")
@@ -239,8 +372,8 @@ class _Resampler:
         if self._graph is None:
             yield samples
             return
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=self._layout)
-        frame.sample_rate, frame.time_base, frame.pts = self._source_rate, Fraction(1, self._source_rate), self._n_in
+        frame = float_frame(samples, self._source_rate, self._layout)
+        frame.pts = self._n_in
         self._n_in += samples.shape[1]
         self._graph.push(frame)
         yield from self._pull()

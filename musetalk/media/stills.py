@@ -1,28 +1,31 @@
 """Picture files by Pillow: stills, and animations (GIF, WebP, APNG) frame by frame.
 
 FFmpeg's picture readers are not used: which of them exist differs between releases, and Pillow reads the size before
-it decodes. Everything becomes 8-bit BGR over white, upright, with even sides.
+it decodes. Everything becomes 8-bit BGR in sRGB over the background, upright, with even sides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from musetalk.errors import MediaError, MuseTalkError, ProcessingError
 from musetalk.frames import Planes, UInt8Array, bgr_to_planes
 from musetalk.media.colour import Tags, plan_colour
-from musetalk.media.converting import over_white
+from musetalk.media.converting import WHITE, Background, over
 from musetalk.media.limits import MediaLimits, SourceInfo
 from musetalk.media.opening import PictureFormat
+from musetalk.media.still_colour import NO_PNG, PngColour, in_srgb, png_colour
 from musetalk.media.timing import Timed, nominal_rate, output_rate
 
 _WHAT = "the source"
@@ -33,20 +36,50 @@ _STILL_RATE = Fraction(25)
 # Browsers show frames of 10 ms and less for 100 ms: such files were made for slower programs.
 _SHORTEST_MS, _REPLACED_MS = 10, 100
 _ORIENTATION_TAG = 0x0112
+# EXIF 2.3, 4.6.4 A: how the picture has to be turned for each value of the tag.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Frames looked at to find an animation's rate.
 _N_PROBED = 50
 
 
+@dataclass(frozen=True)
+class _View:
+    """How the pictures of a file become pixels."""
+
+    limits: MediaLimits
+    background: Background = WHITE
+    png: PngColour = NO_PNG
+    warn: Callable[[str], None] = lambda _: None
+
+
 def inspect_picture(path: Path, form: PictureFormat, limits: MediaLimits) -> SourceInfo:
     """Describe a still or an animation and decode its first picture, in this process; see `probe_source`."""
+    warnings: list[str] = []
     with _opened(path, form, limits) as image:
+        view = _View(limits, png=png_colour(path), warn=warnings.append)
         is_animated = form in _ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1
         if not is_animated:
-            return _described(_bgr(image, limits), form, kind="still", rate=_STILL_RATE, n_frames=1)
+            given = image.size
+            bgr = _bgr(image, view)
+            if max(given) > max(bgr.shape[:2]) + 1:
+                warnings.append(
+                    f"the source is a picture of {given[0]}x{given[1]} px and was scaled down to "
+                    f"{bgr.shape[1]}x{bgr.shape[0]} px"
+                )
+            return _described(bgr, form, kind="still", rate=_STILL_RATE, n_frames=1, warnings=tuple(warnings))
+        limits.check_size(*image.size)
         n_frames = _n_animated(image)
         durations: list[int] = []
         first: UInt8Array | None = None
-        for pixels, duration_ms in _animation(image, limits, _N_PROBED):
+        for pixels, duration_ms in _animation(image, view, _N_PROBED):
             first = pixels if first is None else first
             durations.append(duration_ms)
         if first is None:
@@ -62,6 +95,7 @@ def inspect_picture(path: Path, form: PictureFormat, limits: MediaLimits) -> Sou
         n_frames=max(1, round(duration * rate)),
         duration=duration,
         source_rate=source_rate,
+        warnings=tuple(dict.fromkeys(warnings)),
     )
 
 
@@ -71,19 +105,25 @@ def _described(bgr: UInt8Array, form: PictureFormat, **facts: Any) -> SourceInfo
     return SourceInfo(width=width, height=height, colour=colour, codec=form.lower(), container=form.lower(), **facts)
 
 
-def read_still(path: Path, form: PictureFormat, info: SourceInfo, limits: MediaLimits) -> Planes:
+def read_still(
+    path: Path, form: PictureFormat, info: SourceInfo, limits: MediaLimits, background: Background = WHITE
+) -> Planes:
     """The picture of a still as planes; raises MediaError when it cannot be decoded."""
     with _opened(path, form, limits) as image:
-        return _planes(_bgr(image, limits), info)
+        return _planes(_bgr(image, _View(limits, background, png_colour(path))), info)
 
 
 def read_animation(
-    path: Path, form: PictureFormat, info: SourceInfo, limits: MediaLimits
+    path: Path, form: PictureFormat, info: SourceInfo, limits: MediaLimits, background: Background = WHITE
 ) -> Iterator[Timed[Callable[[], Planes]]]:
     """The pictures of an animation with their times; a cut file gives those that it contains."""
     time = Fraction(0)
     with _opened(path, form, limits) as image:
-        for pixels, duration_ms in _animation(image, limits, limits.max_decoded_frames):
+        view = _View(limits, background, png_colour(path))
+        begun = process_time()
+        for pixels, duration_ms in _animation(image, view, limits.max_decoded_frames):
+            if process_time() - begun > limits.max_animation_s:
+                raise MediaError(f"{_WHAT} is an animation that takes more than {limits.max_animation_s:g} s to decode")
             duration = Fraction(duration_ms, 1000)
             yield Timed(time, duration, partial(_planes, pixels, info))
             time += duration
@@ -98,7 +138,7 @@ def _planes(bgr: UInt8Array, info: SourceInfo) -> Planes:
 @contextmanager
 def _opened(path: Path, form: PictureFormat, limits: MediaLimits) -> Iterator[Image.Image]:
     with _picture_errors(), Image.open(path, formats=_PILLOW_FORMATS.get(form, [form])) as image:
-        limits.check_size(*image.size)
+        limits.check_still_size(*image.size)
         yield image
 
 
@@ -122,13 +162,14 @@ def _n_animated(image: Any) -> int:
     return int(image.n_frames) - bool(image.info.get("default_image"))
 
 
-def _animation(image: Any, limits: MediaLimits, n_most: int) -> Iterator[tuple[UInt8Array, int]]:
+def _animation(image: Any, view: _View, n_most: int) -> Iterator[tuple[UInt8Array, int]]:
     """(BGR picture, duration in ms) of the first frames; ends early where the file does, after one frame at least."""
     first = image.n_frames - _n_animated(image)
     for index in range(first, min(image.n_frames, first + n_most)):
         try:
             image.seek(index)
-            pixels = _bgr(image, limits)
+            view.limits.check_size(*image.size)
+            pixels = _bgr(image, view)
         except MuseTalkError:
             raise
         except Exception:  # Pillow's readers raise anything at all where a file is cut or damaged
@@ -139,31 +180,51 @@ def _animation(image: Any, limits: MediaLimits, n_most: int) -> Iterator[tuple[U
         yield pixels, duration if duration > _SHORTEST_MS else _REPLACED_MS
 
 
-def _bgr(image: Image.Image, limits: MediaLimits) -> UInt8Array:
-    """The current picture as BGR (h, w, 3) with even sides, upright, over white."""
-    limits.check_size(*image.size)
+def _bgr(image: Image.Image, view: _View) -> UInt8Array:
+    """The current picture as BGR (h, w, 3) with even sides, upright, over the background, no larger than allowed."""
+    view.limits.check_still_size(*image.size)
+    size = view.limits.fitting_size(*image.size)
+    if size != image.size and image.format in {"JPEG", "MPO"}:
+        # Half, a quarter or an eighth while decoding: of a picture of 48 million pixels only what is needed.
+        image.draft("RGB" if image.mode != "CMYK" else "CMYK", size)
     image.load()
-    pixels = over_white(_eight_bit(_upright(image)))
+    # In eight bits first: a resampling of 16 bits or of a palette is another one in each mode.
+    shown = _eight_bit(image)
+    if size != image.size:
+        shown = shown.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+        shown.info = dict(image.info)
+    upright = _upright(in_srgb(shown, view.png, view.warn), image)
+    rgb = upright if upright.mode in {"RGB", "RGBA"} else upright.convert("RGB")
+    pixels = over(np.asarray(rgb), view.background)
     height, width = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
     return np.ascontiguousarray(pixels[:height, :width, ::-1])
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(shown: Image.Image, image: Image.Image) -> Image.Image:
+    """`shown`, turned as the notes of the camera in `image` say."""
     try:
-        # Without the tag exif_transpose would copy the picture.
-        turned = image.getexif().get(_ORIENTATION_TAG, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # noqa: BLE001 - broken notes of a camera are no reason to refuse its picture
-        return image
+        return shown
+    turn = _TURNS.get(orientation)
+    return shown if turn is None else shown.transpose(turn)
 
 
-def _eight_bit(image: Image.Image) -> NDArray[Any]:
-    """The pixels as 8-bit RGB or RGBA, (h, w, 3 or 4)."""
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """The picture in 8 bits: RGB or RGBA, or the mode that a colour profile may be made for (grey, CMYK, LAB)."""
     if image.mode.startswith("I") or image.mode == "F":
-        grey = _grey(np.asarray(image), image.mode)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return _with_info(Image.fromarray(_grey(np.asarray(image), image.mode)), image)
     has_alpha = image.mode in {"RGBA", "RGBa", "LA", "La", "PA"} or "transparency" in image.info
-    return np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+    if has_alpha:
+        return _with_info(image.convert("RGBA"), image)
+    return image if image.mode in {"RGB", "L", "CMYK", "LAB"} else _with_info(image.convert("RGB"), image)
+
+
+def _with_info(shown: Image.Image, image: Image.Image) -> Image.Image:
+    """`shown` with the colour profile of `image`."""
+    if "icc_profile" in image.info:
+        shown.info["icc_profile"] = image.info["icc_profile"]
+    return shown
 
 
 def _grey(values: NDArray[Any], mode: str) -> UInt8Array:

@@ -16,7 +16,7 @@ from musetalk.media.limits import MediaLimits
 
 T = TypeVar("T")
 
-_STANDARD_RATES = tuple(
+STANDARD_RATES = tuple(
     Fraction(numerator, denominator)
     for numerator, denominator in (
         *((rate * 1000, 1001) for rate in (12, 15, 24, 30, 48, 60, 120, 240)),
@@ -43,7 +43,7 @@ def nominal_rate(candidates: Iterable[Fraction | None], default: Fraction = _DEF
     """The first sane one of the rates a file declares (pictures per second), as the standard rate it stands for."""
     for candidate in candidates:
         if candidate is not None and _SANE_RATES[0] <= candidate <= _SANE_RATES[1]:
-            nearest = min(_STANDARD_RATES, key=lambda rate: abs(rate - candidate))
+            nearest = min(STANDARD_RATES, key=lambda rate: abs(rate - candidate))
             if abs(nearest - candidate) <= _SNAP * nearest:
                 return nearest
             return candidate.limit_denominator(1001) or candidate

@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from musetalk.errors import DiskFullError, EncodeError, MediaError
 from musetalk.files import is_disk_full, part_path, replacing, sync
 from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour, Matrix, Planes, black_planes, planes_to_bgr
+from musetalk.media.decoder import probe_audio, read_audio_blocks
 from musetalk.media.limits import MediaLimits
 from musetalk.media.opening import decode, open_container, prepare_decoder
-from musetalk.media.sound import inspect_audio, read_audio_blocks
+from musetalk.media.sound import inspect_audio
 from musetalk.media.timing import as_fraction
 
 # Sound is muxed this far ahead of the picture, so that players never wait for it.
@@ -358,7 +359,7 @@ class _SoundTrack:
     """Decodes a sound file again and encodes it as AAC, up to an exact length, a little ahead of the picture."""
 
     def __init__(self, container: Any, path: Path, duration: Fraction, limits: MediaLimits) -> None:
-        info = inspect_audio(path, limits)
+        info = probe_audio(path, limits)
         self._rate = 44_100 if info.sample_rate == 44_100 else 48_000
         self._n_channels = 1 if info.channels == 1 else 2
         self._layout = "mono" if self._n_channels == 1 else "stereo"

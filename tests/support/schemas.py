@@ -34,6 +34,8 @@ def _of_kind(kind: str, schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
     if kind == "number":
         return st.floats(low, high, allow_nan=False, allow_infinity=False)
     if kind == "string":
+        if "{6}" in schema.get("pattern", ""):
+            return st.from_regex(schema["pattern"], fullmatch=True)
         longest = min(schema.get("maxLength", 40), 40)
         text = st.text(min_size=schema.get("minLength", 0), max_size=longest)
         return (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import wave
-from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -30,6 +29,7 @@ from musetalk.media import (
     read_waveform,
     sound,
 )
+from musetalk.media.sound_clock import Block
 from tests.support import clips
 from tests.support.clips import Sound, click_times, clicks, tone, write_clip, write_sound
 
@@ -122,7 +122,7 @@ def test_lossless_lengths_are_exact_at_every_rate(tmp_path: Path, rate: int) -> 
 @given(st.integers(min_value=1, max_value=20_000), st.sampled_from([8000, 22_050, 44_100, 48_000, 7_919]))
 @settings(max_examples=25, deadline=None)
 def test_the_resampler_neither_loses_nor_adds(n_samples: int, rate: int) -> None:
-    blocks: Iterator[Any] = iter([(np.zeros((1, n_samples), np.float32), rate)])
+    blocks = iter([Block(np.zeros((1, n_samples), np.float32), rate, None)])
     lengths = [block.shape[1] for block in sound._resampled(blocks, 16_000, 1)]
     assert sum(lengths) == -(-n_samples * 16_000 // rate)
 
@@ -143,7 +143,7 @@ def test_resampling_keeps_speech_and_lets_nothing_alias(
 
 def test_a_change_of_rate_on_the_way_is_followed() -> None:
     first, second = np.zeros((2, 48_000), np.float32), np.zeros((1, 22_050), np.float32)
-    blocks: Iterator[Any] = iter([(first, 48_000), (second, 22_050), (second, 22_050)])
+    blocks = iter([Block(first, 48_000, None), *[Block(second, 22_050, None)] * 2])
     assert sum(block.shape[1] for block in sound._resampled(blocks, 16_000, 1)) == 3 * 16_000
 
 
@@ -216,16 +216,18 @@ def test_a_cut_wav_is_accepted(tmp_path: Path) -> None:
 
 
 def test_padding_behind_the_declared_end_is_left_out() -> None:
-    blocks = [(np.full((1, 1024), index, np.float32), 16_000) for index in range(10)]
-    kept = np.concatenate([b for b, _ in sound._without_padding(iter(blocks), Fraction(9500, 16_000))], axis=1)
+    blocks = [Block(np.full((1, 1024), index, np.float32), 16_000, None) for index in range(10)]
+    trimmed = sound._without_padding(iter(blocks), Fraction(9500, 16_000))
+    kept = np.concatenate([block.samples for block in trimmed], axis=1)
     assert kept.shape[1] == 9500
     assert kept[0, -1] == 9
 
 
 def test_a_declared_end_that_is_far_off_is_not_believed() -> None:
-    blocks = [(np.full((1, 1024), index, np.float32), 16_000) for index in range(20)]
-    kept = np.concatenate([b for b, _ in sound._without_padding(iter(blocks), Fraction(1, 10))], axis=1)
-    assert np.array_equal(kept, np.concatenate([b for b, _ in blocks], axis=1))
+    blocks = [Block(np.full((1, 1024), index, np.float32), 16_000, None) for index in range(20)]
+    trimmed = sound._without_padding(iter(blocks), Fraction(1, 10))
+    kept = np.concatenate([block.samples for block in trimmed], axis=1)
+    assert np.array_equal(kept, np.concatenate([block.samples for block in blocks], axis=1))
 
 
 @pytest.mark.parametrize("n_samples", [1, 800, 1599])
@@ -321,7 +323,7 @@ def test_a_file_is_closed_when_its_reader_is(tmp_path: Path) -> None:
     path = write_pcm(tmp_path / "a.wav", np.zeros(160_000, np.int16))
     blocks = read_audio_blocks(path, LIMITS, rate=16_000, n_channels=1)
     assert isinstance(next(blocks), np.ndarray)
-    blocks.close()  # type: ignore[attr-defined]
+    blocks.close()
     links = [entry for entry in Path("/proc/self/fd").iterdir() if entry.exists() and entry.readlink() == path]
     assert links == []
 

@@ -226,7 +226,7 @@ def test_a_cut_still_is_refused(tmp_path: Path) -> None:
             probe_source(tmp_path / name, LIMITS)
 
 
-@pytest.mark.parametrize("size", [(3841, 100), (63, 60), (3000, 3000)])
+@pytest.mark.parametrize("size", [(63, 60), (8000, 7600)])
 def test_sizes_outside_the_limits(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("1", size).save(tmp_path / "a.png")
     with pytest.raises(MediaError, match=f"{size[0]}x{size[1]} px"):
