@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "worker/net/connections": {"worker/net/addresses"},
     "worker/net/downloads": {
         *BASE,
+        "musetalk/foreign_files",
         *(f"worker/net/{name}" for name in ("addresses", "connections", "headers", "local_files")),
     },
     "worker/net/headers": set(),

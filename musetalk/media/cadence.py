@@ -121,13 +121,18 @@ def _gapless(stamps: Float64Array, distances: Float64Array) -> Cadence | None:
 
 
 def steady_rate(cadence: Cadence, declared: Iterable[Fraction | None]) -> Fraction:
-    """The rate that a measured cadence stands for: a declared or a standard one within its error, else the measured."""
+    """The rate that a measured cadence stands for: a standard one within its error, else the measured one."""
     tolerance = min(max(_SNAP, 3 * cadence.error), _MAX_SNAP)
-    for candidates in ([rate for rate in declared if rate is not None], STANDARD_RATES):
-        near = [rate for rate in candidates if abs(float(rate) / cadence.rate - 1) <= tolerance]
-        standard = [rate for rate in near if rate in STANDARD_RATES]
-        if standard or near:
-            return min(standard or near, key=lambda rate: abs(float(rate) - cadence.rate))
+
+    def distance(rate: Fraction) -> float:
+        return abs(float(rate) / cadence.rate - 1)
+
+    near = [rate for rate in STANDARD_RATES if distance(rate) <= tolerance]
+    said = set(declared)
+    # Where the measurement leaves 29.97 and 30 open and the file says neither, a whole number is the likelier one.
+    for preferred in ([rate for rate in near if rate in said], [rate for rate in near if rate.denominator == 1], near):
+        if preferred:
+            return min(preferred, key=distance)
     return Fraction(cadence.rate).limit_denominator(1001)
 
 
@@ -154,7 +159,8 @@ def on_beat(pictures: Iterable[Timed[T]], rate: Fraction) -> Iterator[Timed[T]]:
             phase = _first_phase([float(picture.time) for picture in waiting], period)
         beat += 1 + _slip(waiting, beat + 1, phase, period, is_first=beat < 0)
         picture = waiting.popleft()
-        yield Timed(beat / rate, picture.duration, picture.picture)
+        # Recorders that do not know how long the last picture is shown give it a millisecond.
+        yield Timed(beat / rate, max(picture.duration, 1 / rate), picture.picture)
 
 
 def _first_phase(times: Sequence[float], period: float) -> float:

@@ -148,7 +148,7 @@ def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
 
 _server = _Server()
 # An exit without it would leave the reaping of the process to the interpreter's end, which warns of it.
-atexit.register(lambda: _server.stop())
+atexit.register(_server.stop)
 
 
 def start_decoder() -> None:

@@ -21,7 +21,7 @@ class MediaLimits:
 
     min_side: int = 64  # px, of the longer side
     max_side: int = 4096  # px, of the longer side
-    max_pixels: int = 8_900_000
+    max_pixels: int = 9_500_000
     # Larger stills up to here are scaled down; a phone's largest has 50 million.
     max_still_pixels: int = 60_000_000
     min_rate: Fraction = Fraction(10)

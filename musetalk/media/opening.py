@@ -19,7 +19,7 @@ import av
 import av.error
 
 from musetalk.errors import MediaError, ProcessingError
-from musetalk.media.foreign_files import unreadable_reason
+from musetalk.foreign_files import unreadable_reason
 from musetalk.media.limits import MediaLimits
 
 PictureFormat = Literal["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]

@@ -14,6 +14,7 @@ import av.error
 from musetalk.errors import MediaError
 from musetalk.media.cadence import measured_cadence, steady_rate
 from musetalk.media.converting import applied_aspect, display_size, frame_colour, orientation
+from musetalk.media.headers import avi_duration, claimed_share
 from musetalk.media.limits import MediaLimits, SourceInfo
 from musetalk.media.opening import decode, open_container, packets, picture_format, prepare_decoder, video_stream
 from musetalk.media.sound import is_missing
@@ -63,7 +64,7 @@ def inspect_source(path: Path, limits: MediaLimits) -> SourceInfo:
             raise MediaError("the source is Dolby Vision video, which is not supported; send it as SDR")
         decoder = prepare_decoder(stream, limits)
         frame, scan = _first_frame(container, stream, decoder)
-        return _describe(container, stream, frame, scan, limits)
+        return _describe(path, container, stream, frame, scan, limits)
 
 
 def _first_frame(container: Any, stream: Any, decoder: Any) -> tuple[Any, _Scan]:
@@ -101,7 +102,7 @@ def _decoded(packet: Any, decoder: Any) -> list[Any]:
         return []
 
 
-def _describe(container: Any, stream: Any, frame: Any, scan: _Scan, limits: MediaLimits) -> SourceInfo:
+def _describe(path: Path, container: Any, stream: Any, frame: Any, scan: _Scan, limits: MediaLimits) -> SourceInfo:
     limits.check_size(frame.width, frame.height)
     context, times = stream.codec_context, scan.times
     aspect = applied_aspect(as_fraction(stream.sample_aspect_ratio))
@@ -134,7 +135,7 @@ def _describe(container: Any, stream: Any, frame: Any, scan: _Scan, limits: Medi
         trusts_timestamps=trusts,
         clock_grain=as_fraction(stream.time_base) or SourceInfo.clock_grain,
         is_steady=is_steady,
-        warnings=_losses(container, stream, scan, duration),
+        warnings=_losses(path, container, stream, scan, duration),
     )
 
 
@@ -159,7 +160,7 @@ def _as_nominal(rate: Fraction | None) -> Fraction | None:
     return None if rate is None else nominal_rate([rate])
 
 
-def _losses(container: Any, stream: Any, scan: _Scan, found: Fraction | None) -> tuple[str, ...]:
+def _losses(path: Path, container: Any, stream: Any, scan: _Scan, found: Fraction | None) -> tuple[str, ...]:
     """A sentence when the source contains less than its header promises."""
     unit = as_fraction(stream.time_base)
     if stream.duration and unit:
@@ -168,6 +169,10 @@ def _losses(container: Any, stream: Any, scan: _Scan, found: Fraction | None) ->
         promised, found = Fraction(container.duration or 0, av.time_base), scan.end
     if set(container.format.name.split(",")) & _UNDECLARED:
         promised = None
+    share = claimed_share(path, (0, path.stat().st_size))
+    if share > 1 and found is not None:
+        promised = found * Fraction(share)
+    promised = avi_duration(path) or promised
     if promised and found is not None and is_missing(promised, found):
         return (
             f"the source is incomplete: its header promises {float(promised):.2f} s, {float(found):.2f} s are there",

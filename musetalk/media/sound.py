@@ -18,6 +18,7 @@ import av.error
 import numpy as np
 
 from musetalk.errors import MediaError
+from musetalk.media.headers import claimed_share, wav_parts
 from musetalk.media.limits import AudioInfo, MediaLimits
 from musetalk.media.opening import (
     audio_stream,
@@ -32,7 +33,6 @@ from musetalk.media.sound_clock import TOLERANCE_S, Block, Corrections, on_clock
 from musetalk.media.sound_frames import Float32Array, as_float, float_frame
 from musetalk.media.sound_mix import Mixer
 from musetalk.media.timing import as_fraction
-from musetalk.media.wav_chain import wav_parts
 
 OnWarning = Callable[[str], None]
 
@@ -115,15 +115,17 @@ def _all_parts(path: Path, limits: MediaLimits, on_warning: OnWarning) -> Iterat
     for span in parts:
         with open_container(path, limits, WHAT, span=None if len(parts) == 1 else span) as container:
             stream = audio_stream(container, WHAT)
-            declared.append(_promised(path, container, stream))
+            promised, before, share = _promised(path, container, stream), played, claimed_share(path, span)
             decoded = _decoded(container, stream, limits, health)
             trimmed = _without_padding(decoded, _trusted_duration(container, stream))
             for block in _on_clock(trimmed, container, stream, on_warning):
                 played += block.duration
                 yield block
+            # FFmpeg's length is that of the bytes that are there.
+            declared.append((played - before) * Fraction(share) if share > 1 else promised)
     health.check()
-    promised = None if None in declared else sum(filter(None, declared), Fraction(0))
-    for warning in health.warnings(promised, played):
+    total = None if None in declared else sum(filter(None, declared), Fraction(0))
+    for warning in health.warnings(total, played):
         on_warning(warning)
 
 

@@ -91,12 +91,12 @@ def on_clock(blocks: Iterator[Block], late: Fraction, done: Corrections) -> Iter
             return
         block = waiting[0]
         if first is None:
-            first = block.time if block.time is not None else Fraction(0)
+            first = _begins(waiting) or Fraction(0)
             offset = late - first
             yield from _silence(block, late)
             end = late
         shift = _shift(waiting, end - offset, is_whole=not is_over)
-        if shift > MAX_HOLE_S or shift < -MAX_OVERLAP_S or _is_restart(block, first, shift):
+        if shift > MAX_HOLE_S or shift < -MAX_OVERLAP_S or _is_restart(waiting, first, shift):
             # Another clock begins here: its sound follows without a break.
             offset -= shift
         elif shift > 0:
@@ -117,9 +117,20 @@ def on_clock(blocks: Iterator[Block], late: Fraction, done: Corrections) -> Iter
             yield block
 
 
-def _is_restart(block: Block, first: Fraction, shift: Fraction) -> bool:
+def _is_restart(waiting: deque[Block], first: Fraction, shift: Fraction) -> bool:
     """Whether the clock went back to where it began, as in files that were joined."""
-    return shift < -TOLERANCE_S and block.time is not None and block.time <= first + TOLERANCE_S
+    begins = _begins(waiting)
+    return shift < -TOLERANCE_S and begins is not None and begins <= first + TOLERANCE_S
+
+
+def _begins(waiting: deque[Block]) -> Fraction | None:
+    """The time of the first waiting block, by its own time stamp or by the first one behind it."""
+    before = Fraction(0)
+    for block in waiting:
+        if block.time is not None:
+            return block.time - before
+        before += block.duration
+    return None
 
 
 def _shift(waiting: deque[Block], expected: Fraction, *, is_whole: bool) -> Fraction:

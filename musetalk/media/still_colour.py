@@ -181,7 +181,8 @@ def _is_sane(places: tuple[float, ...]) -> bool:
 def _directions(places: tuple[float, ...]) -> Float64Array:
     """XYZ of red, green, blue as columns, each of luminance 1."""
     columns = [(x / y, 1.0, (1 - x - y) / y) for x, y in zip(places[2::2], places[3::2], strict=True)]
-    return np.array(columns).T
+    directions: Float64Array = np.array(columns).T
+    return directions
 
 
 def _to_xyz(places: tuple[float, ...]) -> Float64Array:

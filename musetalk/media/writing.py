@@ -424,7 +424,10 @@ def write_picture(path: Path, planes: Planes, matrix: Matrix) -> None:
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise EncodeError(f"a picture is one of {', '.join(PICTURE_SUFFIXES)}, not {path.suffix or 'without a suffix'}")
     bgr = planes_to_bgr(planes, matrix)
-    _, data = cv2.imencode(path.suffix.lower(), bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+    suffix = path.suffix.lower()
+    # OpenCV prints a warning for a quality of a PNG.
+    settings = [] if suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
+    _, data = cv2.imencode(suffix, bgr, settings)
     with encoder_errors(), replacing(path) as part:
         part.write_bytes(data.tobytes())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.commands import run_core
 from tests.support.rendering import FACE, make_audio, make_source
 
@@ -33,12 +35,40 @@ def test_a_broken_source_is_one_line_and_status_one(tmp_path: Path, tiny_models:
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path, tiny_models: Path) -> None:
-    done = run_core(tiny_models, str(tmp_path / "none.mp4"), str(tmp_path / "none.wav"), str(tmp_path / "out.mp4"))
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    return make_source(tmp_path / "source.mp4", 6), make_audio(tmp_path / "a.wav", 0.4)
+
+
+@pytest.mark.parametrize(
+    ("source", "audio", "output", "complaint"),
+    [
+        ("none.mp4", "a.wav", "out.mp4", "SOURCE does not exist: {}/none.mp4"),
+        ("source.mp4", "none.wav", "out.mp4", "AUDIO does not exist: {}/none.wav"),
+        (".", "a.wav", "out.mp4", "SOURCE is not a file: {}"),
+        ("source.mp4", "a.wav", "source.mp4", "OUTPUT is SOURCE itself and would replace it: {}/source.mp4"),
+        ("source.mp4", "a.wav", "link.wav", "OUTPUT is AUDIO itself and would replace it: {}/a.wav"),
+        ("source.mp4", "a.wav", "none/out.mp4", "the folder of OUTPUT does not exist: {}/none"),
+        ("source.mp4", "a.wav", ".", "OUTPUT is a folder: {}"),
+    ],
+)
+def test_a_path_that_makes_no_sense_is_named_before_anything_is_loaded(
+    pair: tuple[Path, Path], tmp_path: Path, source: str, audio: str, output: str, complaint: str
+) -> None:
+    (tmp_path / "link.wav").hardlink_to(pair[1])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    done = run_core(tmp_path / "models", *(str(tmp_path / name) for name in (source, audio, output)))
     assert done.returncode == 1
-    assert "the source" in done.stderr
-    assert "loading the models" not in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.strip() == f"error: {complaint.format(tmp_path)}"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_a_preview_prints_nothing_of_a_library(pair: tuple[Path, Path], tmp_path: Path, tiny_models: Path) -> None:
+    box = f"face_box={list(FACE)}"
+    arguments = [*map(str, pair), str(tmp_path / "x.png"), "--preview", "0.1", "--param", box]
+    done = run_core(tiny_models, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if not line.startswith("loading the models")] == []
 
 
 def test_missing_weights_are_listed(tmp_path: Path) -> None:

@@ -12,14 +12,18 @@ import socket
 import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import brotli
 import pytest
 
 from musetalk.errors import CancelledError, DiskFullError, DownloadError, ProcessingError
 from tests.support.media_host import Answer, MediaHost
+from worker.net.addresses import redact_text
 from worker.net.downloads import DownloadSettings, fetch
 
 BODY = random.Random(7).randbytes(300_000)
@@ -181,7 +185,9 @@ def test_a_final_status_is_not_retried(host: MediaHost, tmp_path: Path, status: 
     assert f"{status} from media host" in str(error)
 
 
-@pytest.mark.parametrize("answer", [Answer(status=204), Answer(status=206, body=BODY), Answer(status=304)])
+@pytest.mark.parametrize(
+    "answer", [Answer(status=204), Answer(status=206, body=BODY), Answer(status=201, body=BODY), Answer(status=304)]
+)
 def test_a_success_status_without_the_file_fails(host: MediaHost, tmp_path: Path, answer: Answer) -> None:
     fail(host.serve("/x", answer), tmp_path)
 
@@ -401,10 +407,141 @@ def test_signatures_reach_the_host_but_no_log_and_no_error(
     assert error.details["url"] == f"http://127.0.0.1:{host.port}/…/x.mp4"
 
 
-def test_compressed_bodies_are_refused_and_unknown_codings_ignored(host: MediaHost, tmp_path: Path) -> None:
-    packed = gzip.compress(BODY)
-    fail(host.serve("/x", Answer(body=packed, headers={"Content-Encoding": "gzip"})), tmp_path)
+@pytest.mark.parametrize(
+    ("coding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("br", brotli.compress)]
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_host_that_compresses_whatever_is_asked_is_read(
+    host: MediaHost, tmp_path: Path, coding: str, pack: Any, chunked: bool
+) -> None:
+    answer = Answer(body=pack(BODY), headers={"Content-Encoding": coding, **ETAG}, chunked=chunked)
+    assert get(host.serve("/x", answer), tmp_path) == BODY
+
+
+def test_a_compressed_body_is_limited_by_what_it_becomes(host: MediaHost, tmp_path: Path) -> None:
+    bomb = gzip.compress(bytes(50_000_000))
+    url = host.serve("/x", Answer(body=bomb, headers={"Content-Encoding": "gzip"}))
+    assert "more than 1000000 bytes" in str(fail(url, tmp_path, limits(max_video_bytes=1_000_000)))
+
+
+def test_a_compressed_body_that_is_cut_is_fetched_again_from_its_beginning(host: MediaHost, tmp_path: Path) -> None:
+    answer = Answer(body=gzip.compress(BODY), headers={"Content-Encoding": "gzip", **ETAG}, ranges=True)
+    assert get(host.serve("/x", replace(answer, cut_after=100_000), answer), tmp_path) == BODY
+    assert "Range" not in host.seen[1].headers
+
+
+def test_codings_that_cannot_be_read_are_refused_and_unknown_ones_ignored(host: MediaHost, tmp_path: Path) -> None:
+    fail(host.serve("/x", Answer(body=BODY, headers={"Content-Encoding": "zstd"})), tmp_path)
+    fail(host.serve("/z", Answer(body=BODY, headers={"Content-Encoding": "gzip"})), tmp_path)
     assert get(host.serve("/y", Answer(body=BODY, headers={"Content-Encoding": "aws-chunked"})), tmp_path) == BODY
+
+
+@pytest.mark.parametrize("total", [str(len(BODY)), "*"])
+def test_a_whole_file_sent_as_a_range_is_used(host: MediaHost, tmp_path: Path, total: str) -> None:
+    headers = {"Content-Range": f"bytes 0-{len(BODY) - 1}/{total}"}
+    assert get(host.serve("/x", Answer(status=206, body=BODY, headers=headers)), tmp_path) == BODY
+
+
+@pytest.mark.parametrize("span", ["bytes 0-299999/300001", "bytes 1-300000/300001", "bytes 0-9/300000", "pages 0-1/2"])
+def test_a_part_sent_as_a_range_fails(host: MediaHost, tmp_path: Path, span: str) -> None:
+    fail(host.serve("/x", Answer(status=206, body=BODY, headers={"Content-Range": span})), tmp_path)
+
+
+def test_a_file_that_a_proxy_has_changed_is_used(host: MediaHost, tmp_path: Path) -> None:
+    assert get(host.serve("/x", Answer(status=203, body=BODY)), tmp_path) == BODY
+
+
+PAGES = {
+    "a web page (text/html)": (
+        b"<!DOCTYPE html>\n<html><head><title>Virus scan warning</title>",
+        "text/html; charset=utf-8",
+    ),
+    "JSON (application/json)": (b'{"detail": "voice not found", "id": 7}', "application/json"),
+    "an XML document (application/xml)": (
+        b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+        "application/xml",
+    ),
+    "a Git LFS pointer, which": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", None),
+    "a text (text/plain)": ("Bitte melden Sie sich zuerst an, möglichst bald.".encode(), "text/plain"),
+}
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_a_page_in_place_of_the_file_is_named_and_shown(host: MediaHost, tmp_path: Path, kind: str) -> None:
+    body, content_type = PAGES[kind]
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    error = fail(host.serve("/clip.mp4", Answer(body=body, headers=headers)), tmp_path)
+    assert f"the address returned {kind}" in str(error)
+    assert ", not a video or picture: " in str(error)
+    beginning = str(error.details["beginning"])
+    assert beginning == redact_text(" ".join(body.decode().split()))
+    assert error.details.get("content_type") == content_type
+    assert len(host.seen) == 1
+
+
+def test_a_page_that_quotes_a_signed_address_shows_nothing_secret(host: MediaHost, tmp_path: Path) -> None:
+    secret = "AKIAIOSFODNN7EXAMPLE0123456789abcdef"
+    body = f"<html>see https://host/a.mp4?X-Amz-Signature={secret} or token {secret}" + "x" * 9000
+    error = fail(host.serve("/x", Answer(body=body.encode())), tmp_path)
+    assert secret not in f"{error} {error.details}"
+    assert "https://host/a.mp4" in str(error)
+    assert len(str(error.details["beginning"])) <= 200
+
+
+def test_a_login_page_behind_a_redirect_is_named(host: MediaHost, tmp_path: Path) -> None:
+    host.serve("/login", Answer(body=b"<html>Sign in", headers={"Content-Type": "text/html"}))
+    url = host.serve("/x", Answer(status=302, headers={"Location": "/login"}))
+    assert "a web page" in str(fail(url, tmp_path))
+
+
+def test_a_refusal_shows_what_the_storage_says(host: MediaHost, tmp_path: Path) -> None:
+    body = b"<?xml version='1.0'?><Error><Message>Request has expired</Message></Error>"
+    error = fail(host.serve("/x", Answer(status=403, body=body)), tmp_path)
+    assert "Request has expired" in str(error.details["beginning"])
+
+
+TARGETS = [
+    "/a%2fb%e4%bd%a0.mp4?sig=abc%2bdef%3d&tok=st%7eexp",
+    "/%7Euser/%41%2E%2e/../b//c.mp4;v=1?a=b?c=/d&e=%zz",
+    "/x?",
+    "/x?a+b=c%20d&e=[1]&f='q'!*(),:@$~",
+    "?q=1",
+]
+
+
+def sent_for(target: str) -> str:
+    """The request line's text for a target: as given, but for a missing slash and a percent sign of its own."""
+    return (target if target.startswith("/") else f"/{target}").replace("%zz", "%25zz")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("through", ["directly", "a redirect"])
+def test_the_request_line_has_the_text_of_the_address(
+    host: MediaHost, tmp_path: Path, target: str, through: str
+) -> None:
+    sent = sent_for(target)
+    host.answers[sent.partition("?")[0]] = [Answer(body=BODY)]
+    url = host.url(target)
+    if through == "a redirect":
+        url = host.serve("/from", Answer(status=307, headers={"Location": url}))
+    assert get(url, tmp_path) == BODY
+    assert host.seen[-1].path == sent
+
+
+def test_only_what_a_request_line_cannot_have_is_escaped(host: MediaHost, tmp_path: Path) -> None:
+    sent = "/%C3%BC%20%22%3C%7C%60.mp4?q=%E4%BD%A0%5E"
+    host.answers[sent.partition("?")[0]] = [Answer(body=BODY)]
+    assert get(host.url('/ü "<|`.mp4?q=你^'), tmp_path) == BODY
+    assert host.seen[-1].path == sent
+
+
+def test_the_request_line_is_exact_over_https_too(certificate: tuple[str, str], tmp_path: Path) -> None:
+    with MediaHost(certificate) as secure:
+        secure.answers[TARGETS[0].partition("?")[0]] = [Answer(body=BODY)]
+        url = f"https://media.example:{secure.port}{TARGETS[0]}"
+        settings = limits(ca_bundle=Path(certificate[0]))
+        assert get(url, tmp_path, settings, resolve=lambda _host, _port: ["127.0.0.1"]) == BODY
+        assert secure.seen[-1].path == TARGETS[0]
 
 
 def test_a_wrong_checksum_is_retried(host: MediaHost, tmp_path: Path) -> None:

@@ -129,14 +129,14 @@ def test_unknown_codecs_are_refused(tmp_path: Path) -> None:
 
 
 def large_film(path: Path) -> Path:
-    size = (4096, 2304)
+    size = (4096, 2400)
     return write_clip(path, 2, size=size, draw=lambda _index: av.VideoFrame(*size, "yuv420p"))
 
 
 def test_a_film_of_too_many_pixels_is_refused(tmp_path: Path) -> None:
     path = large_film(tmp_path / "given.mp4")
     for look in (inspect_source, probe_source):
-        assert "4096x2304" in str(assert_refused(look, path))
+        assert "4096x2400" in str(assert_refused(look, path))
 
 
 def test_a_header_that_lies_about_the_size_does_not_help(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from musetalk.errors import MuseTalkError
+from musetalk.errors import MuseTalkError, RequestError
 from worker.cli.weights import progress_on_stderr
 from worker.config import Settings, load_settings
 from worker.engine import Rendered, check_inputs
@@ -86,6 +87,25 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
+def _check_paths(given: argparse.Namespace) -> None:
+    """Raise RequestError that names the path which makes the call useless; nothing is loaded before."""
+    for name in ("source", "audio"):
+        path: Path = getattr(given, name)
+        if not path.exists():
+            raise RequestError(f"{name.upper()} does not exist: {path}", field=name)
+        if not path.is_file():
+            raise RequestError(f"{name.upper()} is not a file: {path}", field=name)
+        if given.output.exists() and given.output.samefile(path):
+            raise RequestError(f"OUTPUT is {name.upper()} itself and would replace it: {path}", field="output")
+    if given.output.is_dir():
+        raise RequestError(f"OUTPUT is a folder: {given.output}", field="output")
+    folder = given.output.parent
+    if not folder.is_dir():
+        raise RequestError(f"the folder of OUTPUT does not exist: {folder}", field="output")
+    if not os.access(folder, os.W_OK):
+        raise RequestError(f"the folder of OUTPUT cannot be written to: {folder}", field="output")
+
+
 def _check_picture_name(parser: argparse.ArgumentParser, output: Path) -> None:
     """Before minutes of work rather than after; the import takes a moment that only a preview spends."""
     from musetalk.media import PICTURE_SUFFIXES
@@ -116,6 +136,7 @@ def main(make_core: RendererFactory, arguments: Sequence[str] | None = None) -> 
     given = _parse_arguments(arguments)
     try:
         params = _params_from(given.param)
+        _check_paths(given)
         settings = load_settings()
         # Before gigabytes are loaded, or fetched, for a name mistyped.
         check_inputs(settings, given.source, given.audio)

@@ -14,7 +14,7 @@ import socket
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import idna
 
@@ -78,12 +78,17 @@ _GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
 _IETF_V6 = ipaddress.IPv6Network("2001::/23")
 
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+# RFC 3986, section 3.3 and 3.4, with the brackets that every client sends; and a percent sign that escapes nothing.
+_NOT_IN_REQUEST_LINE = re.compile(r"[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]|%(?![0-9A-Fa-f]{2})")
 _NUMBER = re.compile(r"(0x[0-9a-f]*|[0-9]+)")
 
 
 @dataclass(frozen=True)
 class Target:
-    """The parts of an http(s) address: `host` is ASCII, lower case, without brackets or trailing dot."""
+    """The parts of an http(s) address: `host` is ASCII, lower case, without brackets or trailing dot.
+
+    `path` is path and query as they go into the request line: byte for byte as given, because hosts sign that text.
+    """
 
     scheme: str
     host: str
@@ -129,8 +134,15 @@ def parse_target(url: str) -> Target:
         raise _refused("it must not contain a user name or a backslash", url)
     if not host or port == 0:
         raise _refused("it has no host" if not host else "its port is 0", url)
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    path = _request_path(url)
     return Target(parts.scheme, _normal_host(host, "[" in parts.netloc, url), port or DEFAULT_PORTS[parts.scheme], path)
+
+
+def _request_path(url: str) -> str:
+    """Path and query of an address as given; only what a request line cannot contain is escaped."""
+    rest = re.sub(r"^\s*[^:/?#]+://[^/?#]*", "", url).split("#", 1)[0].rstrip(" ")
+    path = rest if rest.startswith("/") else f"/{rest}"
+    return _NOT_IN_REQUEST_LINE.sub(lambda match: quote(match[0], safe=""), path)
 
 
 def _normal_host(host: str, bracketed: bool, url: str) -> str:
@@ -269,6 +281,16 @@ def redact_url(url: str) -> str:
     name = last if re.fullmatch(r"[\w.-]{1,80}\.\w{1,5}", last, re.ASCII) else ""
     skipped = "/" if parts.path.count("/") <= 1 and (name or not last) else "/…/"
     return f"{parts.scheme}://{host[:253]}{f':{port}' if port else ''}{skipped}{name}"
+
+
+# Words of a page that may be a signature or a token: long, and not plain letters.
+_TOKEN = re.compile(r"(?=[A-Za-z_+/=-]*\d)[A-Za-z0-9_+/=.%-]{20,}")
+_ADDRESS = re.compile(r"https?://[^\s\"'<>]+", re.IGNORECASE)
+
+
+def redact_text(text: str) -> str:
+    """What logs and errors may show of a stranger's text: addresses without their queries, nothing like a token."""
+    return _TOKEN.sub("***", _ADDRESS.sub(lambda match: redact_url(match[0]), text))
 
 
 def _refused(why: str, url: str) -> DownloadError:

@@ -62,14 +62,20 @@ def _shut(open_socket: socket.socket) -> None:
         socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
 
 
-def _registering_class(connection_class: Any, switch: CutSwitch) -> Any:
-    """Return a subclass of a urllib3 connection class that registers its socket with `switch`."""
+def _registering_class(connection_class: Any, switch: CutSwitch, path: str | None = None) -> Any:
+    """Return a subclass of a urllib3 connection class that registers its socket with `switch`.
+
+    It requests `path`, if given, in place of what requests and urllib3 make of it: both rewrite percent-escapes.
+    """
 
     def connect(self: Any) -> None:
         connection_class.connect(self)
         switch.add(self.sock)
 
-    return type(connection_class.__name__, (connection_class,), {"connect": connect})
+    def putrequest(self: Any, method: str, url: str, *args: Any, **named: Any) -> None:
+        connection_class.putrequest(self, method, path or url, *args, **named)
+
+    return type(connection_class.__name__, (connection_class,), {"connect": connect, "putrequest": putrequest})
 
 
 class SwitchedAdapter(HTTPAdapter):
@@ -108,7 +114,7 @@ class PinnedAdapter(HTTPAdapter):
         else:
             self._pool = urllib3.HTTPConnectionPool(host, target.port)
         # Set on the instance, as urllib3 documents; the class attribute serves every other pool of the process.
-        self._pool.ConnectionCls = _registering_class(self._pool.ConnectionCls, switch)
+        self._pool.ConnectionCls = _registering_class(self._pool.ConnectionCls, switch, target.path)
 
     def get_connection_with_tls_context(self, *_: Any, **__: Any) -> urllib3.HTTPConnectionPool:
         """Return the one pool for every request (requests 2.32 and later)."""
@@ -172,6 +178,10 @@ _TEXTS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((requests.ConnectTimeout, urllib3.exceptions.ConnectTimeoutError), "connection was not answered in time"),
     ((requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError), "connection went silent"),
     ((ConnectionError, urllib3.exceptions.ProtocolError, urllib3.exceptions.IncompleteRead), "connection was cut"),
+    (
+        (requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError),
+        "body is not compressed as its header says",
+    ),
     ((ssl.SSLError, requests.exceptions.SSLError), "secure connection failed"),
     ((requests.exceptions.ChunkedEncodingError,), "connection was cut"),
 )

@@ -1,7 +1,8 @@
 """Download of an address to a file, with limits in bytes and seconds. Knows no storage, no jobs and no media formats.
 
 `fetch` writes to a temporary name and renames at the end; a failure leaves no file. It retries transient failures
-(refused connections, resets, cut bodies, 408, 429, 5xx) and resumes if the host allows it; other failures are final.
+(refused connections, resets, cut bodies, 408, 429, 5xx) and resumes if the host allows it; other failures are final. A
+page in place of a file is named as such.
 `addresses` checks each redirect, and the connection goes to the address that was checked, so no second lookup leads
 elsewhere. Proxies, cookies and credentials of the environment are not used. Logs and errors contain no signed address.
 """
@@ -29,7 +30,17 @@ import urllib3
 
 from musetalk.errors import CancelledError, DiskFullError, DownloadError, ProcessingError
 from musetalk.files import PartFile, is_disk_full, part_path
-from worker.net.addresses import Resolver, Target, check_addresses, check_target, parse_target, redact_url, resolve_host
+from musetalk.foreign_files import describe_text, shown_text
+from worker.net.addresses import (
+    Resolver,
+    Target,
+    check_addresses,
+    check_target,
+    parse_target,
+    redact_text,
+    redact_url,
+    resolve_host,
+)
 from worker.net.connections import (
     CutSwitch,
     PinnedAdapter,
@@ -38,7 +49,7 @@ from worker.net.connections import (
     is_unreachable,
     resolve_within,
 )
-from worker.net.headers import content_length, redirect_url, retry_after_s, version_validator
+from worker.net.headers import content_length, is_whole, redirect_url, retry_after_s, version_validator
 from worker.net.local_files import copy_local
 
 logger = logging.getLogger("musetalk.downloads")
@@ -56,7 +67,11 @@ _MAX_DIALLED = 4
 _TRANSIENT_STATUSES = {408, 425, 429}
 _REDIRECTS = {301, 302, 303, 307, 308}
 # Other codings are ignored: S3 keeps `aws-chunked` in the header although the body is plain.
-_COMPRESSED = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress"}
+_DECODED = {"gzip", "x-gzip", "deflate", "br"}
+_NOT_DECODED = {"zstd", "compress"}
+_NAMES: dict[Kind, str] = {"video": "a video or picture", "audio": "sound"}
+# Of a page that arrives in place of a file; enough to recognise it.
+_HEAD_BYTES = 4096
 _TRANSPORT_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 
 
@@ -129,6 +144,7 @@ def fetch(
                 content_type = copy_local(url, part, roots, watch.check)
             else:
                 content_type = _Download(url, part, settings, watch, resolve, sha256).run()
+            _check_head(part, kind, url, content_type)
             if part.n_bytes == 0:
                 raise DownloadError(f"the {kind} is empty", url=redact_url(url))
             if sha256 is not None and part.digest != sha256.lower():
@@ -140,6 +156,22 @@ def fetch(
     except _TimeUpError:
         text = f"the {kind} could not be fetched: it did not arrive within {settings.total_timeout_s:g} s"
         raise DownloadError(text, url=redact_url(url), transient=True) from None
+
+
+def _check_head(part: _InputPart, kind: Kind, url: str, content_type: str | None) -> None:
+    """Raise DownloadError for a page or another text in place of a media file."""
+    head = part.head(_HEAD_BYTES)
+    found = describe_text(head)
+    if found is None:
+        return
+    of_type = f" ({content_type.split(';')[0].strip()[:60]})" if content_type else ""
+    beginning = redact_text(shown_text(head))
+    raise DownloadError(
+        f"the address returned {found}{of_type}, not {_NAMES[kind]}: {beginning}",
+        url=redact_url(url),
+        content_type=content_type and content_type[:100],
+        beginning=beginning,
+    )
 
 
 def fetch_together(
@@ -260,6 +292,11 @@ class _InputPart(PartFile):
                 n_bytes=self.n_bytes + n_more,
             )
 
+    def head(self, n_bytes: int) -> bytes:
+        """The first bytes that were written."""
+        with self.disk_errors(), self._path.open("rb") as file:
+            return file.read(n_bytes)
+
     def write(self, block: bytes) -> None:
         """Append the next bytes."""
         if self.n_bytes + len(block) > self.limit:
@@ -357,6 +394,7 @@ class _Download:
     @contextlib.contextmanager
     def _connect(self, target: Target, headers: Mapping[str, str]) -> Iterator[requests.Response]:
         """Response of the first address of the target that accepts a connection."""
+        # The connection requests `target.path` itself: preparing rewrites percent-escapes.
         request = requests.Request(
             "GET",
             target.url,
@@ -420,13 +458,17 @@ class _Download:
             if status != 200:
                 raise _TransientError("the media host did not resume the file", status=status)
             self.part.restart()
-        if status != 200:
-            self._raise_for(status, headers)
+        # 203: a proxy changed it on the way. 206 to a request for everything: some hosts send no other.
+        if status not in {200, 203} and not (status == 206 and not start and is_whole(headers)):
+            self._raise_for(response)
         codings = {coding.strip().lower() for coding in headers.get("Content-Encoding", "").split(",")}
-        if codings & _COMPRESSED:
+        if codings & _NOT_DECODED:
             raise self._failure("the media host sent it compressed although the request excludes that")
-        self.validator = version_validator(headers)
-        self.total = content_length(headers)
+        self.validator, self.total = version_validator(headers), content_length(headers)
+        if codings & _DECODED:
+            # Lengths and ranges count compressed bytes, so nothing can be resumed; urllib3 checks the length.
+            self.validator = self.total = None
+            return None
         return self._check_length(headers)
 
     def _is_continuation(self, headers: Mapping[str, str], start: int) -> bool:
@@ -447,11 +489,18 @@ class _Download:
         if length is not None:
             self.part.check_room(length)
 
-    def _raise_for(self, status: int, headers: Mapping[str, str]) -> None:
+    def _raise_for(self, response: requests.Response) -> None:
+        status, headers = response.status_code, response.headers
         if status in _TRANSIENT_STATUSES or 500 <= status < 600:
             pause = retry_after_s(headers.get("Retry-After"), self.settings.max_pause_s)
             raise _TransientError(f"{status} from media host", pause_s=pause, status=status)
-        raise self._failure(f"{status} from media host", status=status)
+        details = {}
+        if 400 <= status < 500:
+            # Storage services say in the body what is wrong with a signed address.
+            head = next(response.iter_content(_HEAD_BYTES), b"")
+            if describe_text(head) is not None:
+                details["beginning"] = redact_text(shown_text(head))
+        raise self._failure(f"{status} from media host", status=status, **details)
 
     def _receive(self, response: requests.Response) -> None:
         for block in response.iter_content(BLOCK_BYTES):

@@ -14,6 +14,9 @@ def redirect_url(base: str, location: str) -> str:
     """Return the target of a redirect; header bytes arrive as Latin-1 although hosts write UTF-8."""
     with contextlib.suppress(UnicodeError):
         location = location.encode("latin-1").decode()
+    if re.match(r"https?://", location, re.IGNORECASE):
+        # Joining would rewrite it; it may be signed.
+        return location
     try:
         return urljoin(base, location)
     except ValueError:
@@ -27,6 +30,16 @@ def content_length(headers: Mapping[str, str]) -> int | None:
     if "Transfer-Encoding" in headers or not re.fullmatch(r"\d{1,18}", text, re.ASCII):
         return None
     return int(text)
+
+
+def is_whole(headers: Mapping[str, str]) -> bool:
+    """Whether the Content-Range of a 206 that nobody asked for covers the whole file."""
+    match = re.fullmatch(r"bytes 0-(\d+)/(\d+|\*)", headers.get("Content-Range", "").strip())
+    if match is None:
+        return False
+    last, total = int(match[1]), match[2]
+    length = content_length(headers)
+    return (total == "*" or last + 1 == int(total)) and length in {None, last + 1}
 
 
 def version_validator(headers: Mapping[str, str]) -> str | None:
