@@ -1,6 +1,7 @@
 """Everything of a job but the networks: this worker's way against the way of the original scripts.
 
     .venv/bin/python -m benchmarks.media [--frames 100] [--sizes 720p,1080p] [--json FILE]
+    .venv/bin/python -m benchmarks.media --decoding      only: decoding in a process of its own against decoding here
     .venv/bin/python -m benchmarks.media --clip FILE --audio FILE [--face-box X0,Y0,X1,Y1]
 
 Ours streams: decode, crop and mask once per source frame, paste in the planes, one x264 encode with the sound in it.
@@ -32,6 +33,7 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+import psutil
 
 from benchmarks.material import FRAME_SIZES, RATE, centred_box, make_audio, make_clip
 from benchmarks.measuring import cpu_seconds, machine, memory
@@ -41,6 +43,7 @@ from musetalk.blending import PastePlan, blend_mask, crop_for_parsing, face_mask
 from musetalk.frames import Matrix, Planes, UInt8Array, planes_to_bgr
 from musetalk.generator import crop_patch
 from musetalk.geometry import Box, blend_box
+from musetalk.media import reading
 from musetalk.preparing import QUEUE_DEPTH
 from musetalk.streaming import BackgroundReader, BackgroundWriter
 
@@ -193,12 +196,15 @@ SIDES: dict[str, Callable[[Job], int]] = {"ours": run_ours, "upstream": run_upst
 
 def measure(side: str, job: Job) -> Report:
     """Do the whole job once in this process and say what it took."""
-    imports_rss, cpu, wall = memory("VmRSS"), cpu_seconds(), time.monotonic()
+    if side == "ours":
+        # The server is started once for all jobs of a worker; its imports are left out like our own.
+        media.probe_source(job.clip, media.MediaLimits())
+    imports_rss, cpu, wall = memory("VmRSS"), cpu_seconds() + _decoder_seconds(), time.monotonic()
     n_frames = SIDES[side](job)
     return Report(
         side=side,
         n_frames=n_frames,
-        cpu_s=cpu_seconds() - cpu,
+        cpu_s=cpu_seconds() + _decoder_seconds() - cpu,
         wall_s=time.monotonic() - wall,
         peak_rss=memory("VmHWM"),
         imports_rss=imports_rss,
@@ -207,6 +213,39 @@ def measure(side: str, job: Job) -> Report:
         - job.output.stat().st_size,
         output_bytes=job.output.stat().st_size,
     )
+
+
+def _decoder_seconds() -> float:
+    """CPU seconds of the decoder server and of the processes it has reaped."""
+    pid = media.decoder_pid()
+    if pid is None:
+        return 0.0
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system + times.children_user + times.children_system)
+
+
+def compare_decoding(clip: Path, n_frames: int) -> str:
+    """What decoding in a process of its own costs: milliseconds a frame here and there, one after the other."""
+    limits = media.MediaLimits()
+    info = media.probe_source(clip, limits)
+
+    def in_this_process() -> None:
+        for _ in reading.read_source(clip, info, limits, max_frames=n_frames):
+            pass
+
+    def apart() -> None:
+        for _ in media.read_source(clip, info, limits, max_frames=n_frames):
+            pass
+
+    lines = []
+    for name, read in (("in this process", in_this_process), ("in a process of its own", apart)) * 3:
+        wall, cpu = time.monotonic(), cpu_seconds() + _decoder_seconds()
+        read()
+        spent = cpu_seconds() + _decoder_seconds() - cpu, time.monotonic() - wall
+        lines.append(
+            f"decoding {name}: {1000 * spent[0] / n_frames:.2f} ms CPU, {1000 * spent[1] / n_frames:.2f} ms wall"
+        )
+    return "\n".join([f"{info.width}x{info.height}, per frame of {n_frames}, three rounds", *lines])
 
 
 def run_side(side: str, job: Job) -> Report:
@@ -372,6 +411,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--audio", type=Path, help="its sound, at least as long as the frames used")
     parser.add_argument("--face-box", type=parse_box, help="X0,Y0,X1,Y1 in px; default: in the middle")
     parser.add_argument("--png-filter", choices=PNG_FILTERS, default=PNG_FILTERS[0], help="of upstream's source dump")
+    parser.add_argument("--decoding", action="store_true", help="only: what a decoder in its own process costs")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -409,7 +449,13 @@ def main() -> None:
             )
         else:
             for size in options.sizes.split(","):
+                if options.decoding:
+                    case = synthetic_case(size, options.frames, folder)
+                    print(compare_decoding(case.clip, case.n_available))
+                    continue
                 results.append(run_case(synthetic_case(size, options.frames, folder), folder, options.png_filter))
+    if options.decoding:
+        return
     facts = machine()
     print(f"{facts['date']}  {facts['cpu']}, {facts['cores']} cores, load {facts['load'][0]:.1f}, av {facts['av']}")
     print(f"upstream's source dump with PNG prediction {options.png_filter}")

@@ -160,9 +160,7 @@ class JobParams:
         "pauses in the speech, also noisy ones: `generate` follows their sound (default), `closed` holds the mouth "
         "shut, `source` shows the source untouched",
     )
-    background: str | None = param(
-        _colour(), "`#rrggbb`: the colour behind a source with transparency (default `#ffffff`, white)"
-    )
+    background: str | None = param(_colour(), "colour behind a source with transparency (default `#ffffff`, white)")
     batch_size: int | None = param(_whole(1, 256), "output frames in one pass of the networks, instead of `BATCH_SIZE`")
     ignored: tuple[str, ...] = ()
 

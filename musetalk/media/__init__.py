@@ -7,6 +7,7 @@ Reading, in limited processes of its own: `probe_source` and `probe_audio` (`pro
 from __future__ import annotations
 
 from musetalk.media.decoder import (
+    decoder_pid,
     probe_audio,
     probe_both,
     probe_source,
@@ -39,6 +40,7 @@ __all__ = [
     "SourceInfo",
     "VideoWriter",
     "choose_encoder",
+    "decoder_pid",
     "fit_planes",
     "inspect_audio",
     "inspect_source",

@@ -156,6 +156,11 @@ def start_decoder() -> None:
     _server.start()
 
 
+def decoder_pid() -> int | None:
+    """The process id of the decoder server; None before its start."""
+    return _server.pid
+
+
 class _ServerGoneError(ProcessingError):
     """The decoder server ended, and with it the news of its tasks."""
 

@@ -300,3 +300,30 @@ def test_sigkill_in_every_stage_leaves_nothing_behind(stage: str, server: Server
     assert server.leftovers() == []
     assert server.post(server.job(f"after-{stage}")).status_code == 200
     assert not [path for path in (server.folder / "outputs").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ("crash", "crashes the decoder"),
+        ("hang", "could not be read within 3 s"),
+        ("memory", "needs too much memory to be decoded"),
+    ],
+)
+def test_a_decoder_that_fails_in_mid_job_costs_the_job_and_not_the_models(
+    server: Server, fault: str, text: str
+) -> None:
+    before = server.process.pid
+    serving = {child.pid for child in psutil.Process(before).children()}
+    server.command(f"decoder-{fault}")
+    answer = server.post(server.job(f"decoder-{fault}", audio_url=(server.folder / "media/long.wav").as_uri()))
+    assert answer.status_code == 422, answer.text
+    body = answer.json()
+    assert body["error_type"] == "media_error"
+    assert not body["retryable"]
+    assert text in body["error_message"]
+    assert body["error_message"].startswith(("the source", "the audio"))
+    server.release(f"decoder-{fault}")
+    assert server.health()[0] == 200
+    assert server.post(server.job(f"after-{fault}")).status_code == 200
+    assert {child.pid for child in psutil.Process(before).children()} == serving

@@ -2,7 +2,8 @@
 
 Files in FAULTS_DIR are the commands: `hold-<stage>` makes the next job wait when it enters that stage (`held-<stage>`
 appears, and it goes on when the command is gone); `fail-<kind>` makes the networks or the disk fail once; `slow` makes
-each chunk take its time (`generating` appears).
+each chunk take its time (`generating` appears); `decoder-<fault>` makes the decoder crash, hang or eat memory in the
+middle of each file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import runpy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,28 @@ def _take(name: str) -> bool:
     return True
 
 
+_DECODER_FAULTS = """
+folder = pathlib.Path({folder!r})
+if (folder / "decoder-crash").exists():
+    os.kill(os.getpid(), signal.SIGSEGV)
+if (folder / "decoder-hang").exists():
+    signal.pause()
+if (folder / "decoder-memory").exists():
+    hoard = [numpy.empty(2**27) for _ in range(99)]
+"""
+
+
 def _install() -> None:
     import torch
+
+    from musetalk.media import decoder_main
+    from tests.support.faulty_decoder import write_faulty_main
+    from worker import engine
+
+    main = write_faulty_main(_folder.parent / "decoder_main.py", _DECODER_FAULTS.format(folder=str(_folder)), after=12)
+    decoder_main.__file__ = str(main)
+    own_limits = engine._media_limits
+    engine._media_limits = lambda settings: replace(own_limits(settings), stall_s=3.0)
 
     from musetalk.generator import Generator
     from musetalk.media import VideoWriter

@@ -11,7 +11,6 @@ import random
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -43,6 +42,7 @@ from musetalk.media import (
 )
 from tests.support import clips
 from tests.support.clips import Sound, Tags, picture, tone, write_clip, write_sound
+from tests.support.faulty_decoder import write_faulty_main
 from tests.support.server import wait_until
 from tests.support.watch import CountingServer, OpenWatch
 
@@ -144,7 +144,7 @@ def test_a_header_that_lies_about_the_size_does_not_help(tmp_path: Path) -> None
     data = bytearray(path.read_bytes())
     # Width and height of the sample entry: 24 bytes behind its name.
     at = data.find(b"avc1", data.find(b"stsd")) + 28
-    assert data[at : at + 4] == (4096).to_bytes(2, "big") + (2304).to_bytes(2, "big")
+    assert data[at : at + 4] == (4096).to_bytes(2, "big") + (2400).to_bytes(2, "big")
     data[at : at + 4] = (160).to_bytes(2, "big") + (96).to_bytes(2, "big")
     path.write_bytes(data)
     assert_refused(inspect_source, path)
@@ -375,39 +375,13 @@ def test_named_pipes_are_not_waited_for(tmp_path: Path) -> None:
 # -- the probing process ----------------------------------------------------------------------------------------------
 
 
-FAULTY = """
-import os, runpy, signal, sys, time
-sys.path.insert(0, {root!r})
-import numpy
-from musetalk.media import decoder_work, opening, probe, reading, sound
-
-def fault(seen=[0]):
-    seen[0] += 1
-    if seen[0] > {after}:
-{fault}
-
-def wrapped(decode):
-    def faulty(*given, **named):
-        fault()
-        return decode(*given, **named)
-    return faulty
-
-for module in (probe, reading, sound):
-    module.decode = wrapped(module.decode)
-runpy.run_path({main!r}, run_name="__main__")
-"""
-
-
 @pytest.fixture
 def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Puts a decoder in the place of ours that runs `fault` for each packet after the first `after`."""
 
     def replaced(fault: str, after: int = 0) -> None:
-        script = FAULTY.format(
-            root=str(ROOT), main=decoder_main.__file__, after=after, fault=textwrap.indent(fault, " " * 8)
-        )
-        (tmp_path / "decoder_main.py").write_text(script)
-        monkeypatch.setattr(decoder_main, "__file__", str(tmp_path / "decoder_main.py"))
+        path = write_faulty_main(tmp_path / "decoder_main.py", fault, after)
+        monkeypatch.setattr(decoder_main, "__file__", str(path))
 
     monkeypatch.setattr(decoder, "_server", decoder._Server())
     yield replaced
