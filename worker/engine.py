@@ -129,7 +129,11 @@ class EngineLoader:
 
         Raises WeightsError for files, ProcessingError for an unfit machine.
         """
+        from musetalk import media
+
         self._check_folders()
+        # Imports beside the loading of the models what the first job would wait for.
+        media.start_decoder()
         models, batch_size = self._load_models()
         return engine_around(self._settings, models, batch_size)
 

@@ -361,6 +361,7 @@ def sidecar_body(rendered: RenderedJob, stage_times: Mapping[str, float]) -> dic
         "peak_ram_kb": _finite(rendered.peak_memory_kb),
         "stage_times": stage_times_body(stage_times),
         "video": dict(rendered.video),
+        "warnings": list(rendered.warnings),
         "create_time_utc": rendered.created,
     }
 

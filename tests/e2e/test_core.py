@@ -15,8 +15,9 @@ from musetalk.errors import DiskFullError, JobCancelledError, UnavailableError
 from musetalk.generator import Generator
 from musetalk.warming import warm_up
 from musetalk_core import Core
+from tests.support import clips
 from tests.support.rendering import FACE, make_audio, make_source
-from worker.jobs import parse_job
+from worker.jobs import parse_job, result_body
 
 
 @pytest.fixture
@@ -35,6 +36,18 @@ def job(core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str
     }
 
 
+def test_what_the_speech_lacks_is_in_the_result_and_beside_the_video(
+    core: Core, job: dict[str, Any], tmp_path: Path
+) -> None:
+    path = clips.write_sound(tmp_path / "speech.m4a", clips.Sound(clips.tone(1.0)), movflags="faststart")
+    clips.cut(path, 0.6)
+    result = core.run_job(parse_job({**job, "audio_url": path.as_uri(), "params": {"face_box": list(FACE)}}))
+    (warning,) = result_body(result)["warnings"]  # type: ignore[misc]
+    assert warning.startswith("the audio is incomplete: its header promises 1.00 s, ")
+    sidecar = (core.settings.output_dir / result.object_name).with_suffix(".json")
+    assert json.loads(sidecar.read_text(encoding="utf-8"))["warnings"] == [warning]
+
+
 def test_the_file_beside_the_video_says_how_it_was_made(core: Core, job: dict[str, Any]) -> None:
     result = core.run_job(parse_job(job, queue_job_id="q-1", buffer_job_id="b-1"))
     path = core.settings.output_dir / result.object_name
@@ -48,6 +61,7 @@ def test_the_file_beside_the_video_says_how_it_was_made(core: Core, job: dict[st
     assert sidecar["peak_vram_mib"] is None
     assert sidecar["peak_ram_kb"] > 0
     assert sidecar["create_time_utc"].endswith("+00:00")
+    assert sidecar["warnings"] == ["params.odd is not known and was ignored"]
     assert (sidecar["b2_bucket"], sidecar["b2_file_name"]) == (None, result.object_name)
     assert sidecar["size_bytes"] == path.stat().st_size
     assert len(sidecar["sha1"]) == 40

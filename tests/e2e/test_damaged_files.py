@@ -65,7 +65,7 @@ def write_all(folder: Path) -> tuple[list[Path], list[Path]]:
         sources.append(write_clip(folder / name, 6, size=(96, 64), **options))
     image = Image.fromarray(np.ascontiguousarray(picture(3, 96, 64)[..., ::-1]))
     for name in STILLS:
-        more = {"save_all": True, "append_images": [image.rotate(90)] * 3} if name.startswith("animated") else {}
+        more: Any = {"save_all": True, "append_images": [image.rotate(90)] * 3} if name.startswith("animated") else {}
         image.save(folder / name, **more)
         sources.append(folder / name)
     for name, options in SOUNDS.items():
