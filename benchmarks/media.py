@@ -216,11 +216,15 @@ def measure(side: str, job: Job) -> Report:
 
 
 def _decoder_seconds() -> float:
-    """CPU seconds of the decoder server and of the processes it has reaped."""
+    """CPU seconds of the decoder server and of its processes, all of which have ended."""
     pid = media.decoder_pid()
     if pid is None:
         return 0.0
-    times = psutil.Process(pid).cpu_times()
+    server = psutil.Process(pid)
+    while server.children():
+        # Its seconds count once the server has reaped it.
+        time.sleep(0.001)
+    times = server.cpu_times()
     return float(times.user + times.system + times.children_user + times.children_system)
 
 

@@ -42,7 +42,8 @@ def test_what_the_speech_lacks_is_in_the_result_and_beside_the_video(
     path = clips.write_sound(tmp_path / "speech.m4a", clips.Sound(clips.tone(1.0)), movflags="faststart")
     clips.cut(path, 0.6)
     result = core.run_job(parse_job({**job, "audio_url": path.as_uri(), "params": {"face_box": list(FACE)}}))
-    (warning,) = result_body(result)["warnings"]  # type: ignore[misc]
+    (warning,) = result.rendered.warnings
+    assert result_body(result)["warnings"] == [warning]
     assert warning.startswith("the audio is incomplete: its header promises 1.00 s, ")
     sidecar = (core.settings.output_dir / result.object_name).with_suffix(".json")
     assert json.loads(sidecar.read_text(encoding="utf-8"))["warnings"] == [warning]
