@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -84,9 +85,11 @@ def test_opus_of_sixteen_channels_is_heard(tmp_path: Path) -> None:
 
 def test_a_stream_that_gets_more_channels_on_the_way_is_read_to_its_end(tmp_path: Path) -> None:
     voice = tone(0.5, RATE, 300)
+    # FFmpeg 8.1 and newer write no ADTS of eight channels.
+    most = 8 if av.library_versions["libavformat"] < (62, 13) else 6
     parts = [
         write_many(tmp_path / f"{index}.aac", many_channels(voice, n), RATE, "aac", "fltp")
-        for index, n in enumerate((2, 8, 1))
+        for index, n in enumerate((2, most, 1))
     ]
     waveform, _ = heard(joined(tmp_path / "all.aac", parts))
     assert len(waveform) / 16_000 == pytest.approx(1.5, abs=0.15)
@@ -338,6 +341,8 @@ def test_sound_in_the_containers_people_have_is_heard(tmp_path: Path, name: str)
 def test_speech_of_phones_and_broadcasts_is_heard(
     tmp_path: Path, name: str, container: str, codec: str, rate: int
 ) -> None:
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no encoder {codec}")
     path = tmp_path / name
     write_sound(path, Sound(tone(1.0, rate, 440), rate=rate, codec=codec), container_format=container)
     assert len(heard(path)[0]) / 16_000 == pytest.approx(1.0, abs=0.07)
