@@ -24,7 +24,7 @@ from tests.support.server import Server
 from worker.config import ROOT
 
 # Sound is made of a stretch of the sentence and a stretch of nothing.
-SPOKEN_S, SILENT_S = 2.4, 1.6
+SPOKEN_S, SILENT_S = 1.6, 1.2
 
 
 def opening_of(path: Path) -> NDArray[np.float64]:
