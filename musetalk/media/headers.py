@@ -1,9 +1,11 @@
-"""What headers say about the bytes of a file: its claimed size, and where joined WAV files begin."""
+"""What headers say about the bytes of a file: its claimed size, and where files that were joined begin."""
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 _HEADER_BYTES = 44
@@ -16,28 +18,82 @@ _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 
-def wav_parts(path: Path) -> list[tuple[int, int]]:
-    """(first byte, byte after the last) of each WAV in the file; one span, the whole file, where nothing was joined."""
+def joined_parts(path: Path) -> list[tuple[int, int]]:
+    """(first byte, byte behind the last) of each file that was joined in this one, in order.
+
+    FFmpeg plays the first WAV, MP4 or FLAC alone or loses the seams, and stops where an Ogg chain changes its channels.
+    Other formats, and files that were not joined, are one span.
+    """
     n_bytes = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(12)
-        if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+        find = next((find for is_kind, find in _JOINED if is_kind(head)), None)
+        if find is None or n_bytes == 0:
             return [(0, n_bytes)]
         with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-            starts = [0]
-            at = data.find(b"RIFF", _HEADER_BYTES)
-            # Four letters alone are found in any noise; with the second word and a chunk's name they are a header.
-            while at >= 0 and len(starts) < _MAX_PARTS:
-                if data[at + 8 : at + 12] == b"WAVE" and data[at + 12 : at + 16].strip().isalnum():
-                    starts.append(at)
-                at = data.find(b"RIFF", at + 4)
+            starts = [0, *islice(find(data), _MAX_PARTS - 1)]
     return list(zip(starts, [*starts[1:], n_bytes], strict=True))
+
+
+def _wav_starts(data: mmap.mmap) -> Iterator[int]:
+    # Four letters alone are found in any noise; with the second word and a chunk's name they are a header.
+    for at in _found(data, b"RIFF", _HEADER_BYTES):
+        if data[at + 8 : at + 12] == b"WAVE" and data[at + 12 : at + 16].strip().isalnum():
+            yield at
+
+
+def _flac_starts(data: mmap.mmap) -> Iterator[int]:
+    # The first block is the stream's description, of 34 bytes.
+    for at in _found(data, b"fLaC", 42):
+        if data[at + 4] & 0x7F == 0 and data[at + 5 : at + 8] == b"\0\0\x22":
+            yield at
+
+
+def _ogg_starts(data: mmap.mmap) -> Iterator[int]:
+    """Pages that begin a stream, behind one that does not: the tracks of one link all begin before any goes on."""
+    at, has_gone_on = 0, False
+    while data[at : at + 5] == b"OggS\0" and at + 27 <= len(data):
+        begins = bool(data[at + 5] & 2)
+        if begins and has_gone_on:
+            yield at
+        has_gone_on = not begins
+        n_segments = data[at + 26]
+        at += 27 + n_segments + sum(data[at + 27 : at + 27 + n_segments])
+
+
+def _mp4_starts(data: mmap.mmap) -> Iterator[int]:
+    at = 0
+    while at + 16 <= len(data):
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        if kind == b"ftyp" and at > 0:
+            yield at
+        if size < 8:
+            return
+        at += size
+
+
+def _found(data: mmap.mmap, word: bytes, start: int) -> Iterator[int]:
+    at = data.find(word, start)
+    while at >= 0:
+        yield at
+        at = data.find(word, at + len(word))
+
+
+_JOINED: tuple[tuple[Callable[[bytes], bool], Callable[[mmap.mmap], Iterator[int]]], ...] = (
+    (lambda head: head[:4] == b"RIFF" and head[8:12] == b"WAVE", _wav_starts),
+    (lambda head: head[:4] == b"fLaC", _flac_starts),
+    (lambda head: head[:4] == b"OggS", _ogg_starts),
+    (lambda head: head[4:8] == b"ftyp", _mp4_starts),
+)
 
 
 def claimed_share(path: Path, span: tuple[int, int]) -> float:
     """How much larger the file in `span` is by its header than it is there: 1.0 for a whole one, 2.0 for a half.
 
-    FFmpeg takes the smaller size of the two and says nothing. Knows WAV, W64, CAF and ASF; others are 1.0.
+    FFmpeg takes the smaller size of the two and says nothing. Knows WAV, W64, CAF, ASF and MP3 with a frame count;
+    others are 1.0.
     """
     start, end = span
     with path.open("rb") as file:
@@ -59,10 +115,32 @@ def _claimed(head: bytes) -> int | None:
     if head[:16] == _ASF_HEADER and (at := head.find(_ASF_PROPERTIES)) >= 0:
         # Behind the object's id and size: the file's id, then its size.
         return int.from_bytes(head[at + 40 : at + 48], "little")
+    if (frame := _mp3_frame(head)) is not None:
+        return _claimed_by_mp3(head, frame)
     if head[:4] == b"caff" and (at := head.find(b"data", 8)) >= 0:
         size = int.from_bytes(head[at + 4 : at + 12], "big", signed=True)
         return None if size < 0 else at + 12 + size
     return None
+
+
+def _mp3_frame(head: bytes) -> int | None:
+    """Where the first frame of an MP3 begins, behind its tag; None for other files."""
+    at = 0
+    if head[:3] == b"ID3" and len(head) >= 10:
+        at = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+    return at if len(head) > at + 4 and head[at] == 0xFF and head[at + 1] & 0xE6 == 0xE2 else None
+
+
+def _claimed_by_mp3(head: bytes, frame: int) -> int | None:
+    """The size that the first frame's summary claims; None where it has none or no size in it."""
+    at = max(head.find(b"Xing", frame, frame + 64), head.find(b"Info", frame, frame + 64))
+    if at < 0:
+        return None
+    flags = int.from_bytes(head[at + 4 : at + 8], "big")
+    if not flags & 2:
+        return None
+    place = at + 8 + (4 if flags & 1 else 0)
+    return frame + int.from_bytes(head[place : place + 4], "big")
 
 
 def avi_duration(path: Path) -> Fraction | None:

@@ -18,7 +18,7 @@ import av.error
 import numpy as np
 
 from musetalk.errors import MediaError
-from musetalk.media.headers import claimed_share, wav_parts
+from musetalk.media.headers import claimed_share, joined_parts
 from musetalk.media.limits import AudioInfo, MediaLimits
 from musetalk.media.opening import (
     audio_stream,
@@ -110,23 +110,47 @@ def read_audio_blocks(
 
 def _all_parts(path: Path, limits: MediaLimits, on_warning: OnWarning) -> Iterator[Block]:
     """The blocks of the file, or of all files that were joined in it, on their clocks."""
-    parts = wav_parts(path)
-    health, played, declared = _Health(limits), Fraction(0), list[Fraction | None]()
+    parts = joined_parts(path)
+    health, played, promised = _Health(limits), Fraction(0), list[Fraction | None]()
     for span in parts:
-        with open_container(path, limits, WHAT, span=None if len(parts) == 1 else span) as container:
-            stream = audio_stream(container, WHAT)
-            promised, before, share = _promised(path, container, stream), played, claimed_share(path, span)
-            decoded = _decoded(container, stream, limits, health)
-            trimmed = _without_padding(decoded, _trusted_duration(container, stream))
-            for block in _on_clock(trimmed, container, stream, on_warning):
-                played += block.duration
+        length = Fraction(0)
+        try:
+            for block in _part(path, None if len(parts) == 1 else span, limits, health, promised, on_warning):
+                length += block.duration
                 yield block
+        except MediaError:
+            if not played:
+                raise
+            # What was played before stays; the rest is a part whose head is cut or damaged.
+            health.break_off()
+            break
+        finally:
+            played += length
+        share = claimed_share(path, span)
+        if share > 1:
             # FFmpeg's length is that of the bytes that are there.
-            declared.append((played - before) * Fraction(share) if share > 1 else promised)
+            promised[-1] = length * Fraction(share)
     health.check()
-    total = None if None in declared else sum(filter(None, declared), Fraction(0))
+    total = None if None in promised else sum(filter(None, promised), Fraction(0))
     for warning in health.warnings(total, played):
         on_warning(warning)
+
+
+def _part(
+    path: Path,
+    span: tuple[int, int] | None,
+    limits: MediaLimits,
+    health: _Health,
+    promised: list[Fraction | None],
+    on_warning: OnWarning,
+) -> Iterator[Block]:
+    """The blocks of one file; appends its promised length (s) to `promised`."""
+    with open_container(path, limits, WHAT, span=span) as container:
+        stream = audio_stream(container, WHAT)
+        promised.append(_promised(container, stream))
+        decoded = _decoded(container, stream, limits, health)
+        trimmed = _without_padding(decoded, _trusted_duration(container, stream))
+        yield from _on_clock(trimmed, container, stream, on_warning)
 
 
 def _on_clock(blocks: Iterator[Block], container: Any, stream: Any, on_warning: OnWarning) -> Iterator[Block]:
@@ -176,10 +200,10 @@ def _declared_duration(container: Any, stream: Any) -> Fraction | None:
     return Fraction(container.duration, av.time_base) if container.duration else None
 
 
-def _promised(path: Path, container: Any, stream: Any) -> Fraction | None:
+def _promised(container: Any, stream: Any) -> Fraction | None:
     """The length (s) that the header promises for this track; None where it promises none."""
     names = set(container.format.name.split(","))
-    if names & _UNDECLARED and not ("mp3" in names and has_frame_count(path)):
+    if names & _UNDECLARED:
         return None
     if not stream.duration and len(container.streams) > 1:
         # The container's length is that of its longest track.
@@ -189,18 +213,6 @@ def _promised(path: Path, container: Any, stream: Any) -> Fraction | None:
     if declared is None or declared * n_bytes_a_second >= _PLACEHOLDER_BYTES:
         return None
     return declared
-
-
-def has_frame_count(path: Path) -> bool:
-    """Whether an MP3 says in its first frame how many frames it has."""
-    with path.open("rb") as file:
-        head = file.read(10)
-        size = 0
-        if head[:3] == b"ID3" and len(head) == 10:
-            size = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
-        file.seek(size)
-        frame = file.read(2048)
-    return any(mark in frame for mark in (b"Xing", b"Info", b"VBRI"))
 
 
 def _trusted_duration(container: Any, stream: Any) -> Fraction | None:
