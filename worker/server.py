@@ -43,7 +43,7 @@ RESERVED_DESCRIPTORS = 256
 WANTED_DESCRIPTORS = 65_536
 # A stopping process that has finished a job stays this long, so that Salad's binary can be stopped before its port is
 # closed; one that was idle ends sooner.
-AFTER_WORK_S = 2.0
+AFTER_WORK_S = 3.0
 AFTER_NOTHING_S = 0.3
 # Time from SIGTERM for clients to fetch answers that were ready before.
 FETCH_S = 2.0

@@ -35,7 +35,7 @@ def start(tmp_path: Path, queue: SaladQueue) -> Iterator[Start]:
     servers: list[Server] = []
 
     def run(**environment: str) -> Server:
-        binary = queue.write_binary(tmp_path, readiness_s=1.0)
+        binary = queue.write_binary(tmp_path)
         script = ["bash", str(ROOT / "run_worker.sh"), "--config", "tests/support/quick.conf.py"]
         settings = {"MUSETALK_PYTHON": sys.executable, "SALAD_QUEUE_WORKER": str(binary), **environment}
         servers.append(Server(tmp_path, tmp_path / "no-models", faulty=False, command=script, **settings))
@@ -141,7 +141,12 @@ def test_a_lost_gpu_costs_one_attempt(start: Start, queue: SaladQueue) -> None:
     server = start()
     wait_until(lambda: server.entries_starting("run_worker: ready"), 60)
     server.command("lose-gpu")
+    server.command("hold-load")
     queue.submit("running", "next")
+    wait_until(lambda: server.entries("new process needed"))
+    wait_until(lambda: len(server.entries("settings")) == 2)
+    time.sleep(2)
+    server.release("hold-load")
     queue.wait_for_end("running", "next")
     assert queue.n_lost() == {"running": 1, "next": 0}
 

@@ -68,7 +68,7 @@ class SaladQueue:
         self._server.shutdown()
         self._server.server_close()
 
-    def write_binary(self, folder: Path, *, readiness_s: float = 5.0, delivery_s: float = 0.3) -> Path:
+    def write_binary(self, folder: Path, *, readiness_s: float = 5.0, delivery_s: float = 0.1) -> Path:
         """Write the program that SALAD_QUEUE_WORKER names."""
         path = folder / "salad-queue-worker"
         path.write_text(
