@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from contextlib import closing
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flask import Flask, Response, current_app, jsonify, request, send_from_directory
@@ -39,8 +39,8 @@ from worker.web.holding import CallerGoneError, Deliveries, wait_while
 MAX_WAITING = 6
 # Reports about refused requests that may be on their way at once.
 MAX_REFUSAL_REPORTS = 4
-# The longest that the answer to a refused request waits for its report.
-REFUSAL_REPORT_S = 2.0
+# The longest that an answer waits for its report.
+REPORT_S = 2.0
 
 
 def create_app(core: Core | None = None, *, with_playground: bool = False) -> Flask:
@@ -195,22 +195,43 @@ def _run_with_progress(core: Core, job: Job) -> JobResult:
     The caller is Salad's binary, which discards the body of a 5xx, so the reason of a failure is reported here as well.
     A refusal because of another job is not this job's outcome and is not reported.
     """
-    with closing(Orchestrator(orchestrator_settings(core.settings))) as orchestrator:
-        sender = ProgressSender(orchestrator, job.job_id, on_cancel=core.cancel)
+    orchestrator = Orchestrator(orchestrator_settings(core.settings))
+    sender = ProgressSender(orchestrator, job.job_id, on_cancel=core.cancel)
+    try:
+        result = core.run_job(job, on_progress=sender)
+    except UnavailableError:
+        sender.close()
+        orchestrator.close()
+        raise
+    except Exception as error:
+        _report(orchestrator, sender, failed_update(error_body(error, job_id=job.job_id)[1]))
+        raise
+    _report(orchestrator, sender, completed_update(result))
+    return result
+
+
+def _report(
+    orchestrator: Orchestrator,
+    sender: ProgressSender,
+    update: Mapping[str, object],
+    done: Callable[[], None] = lambda: None,
+) -> None:
+    """Send the last report of a job; the answer waits REPORT_S at most, the report continues behind it."""
+
+    def send() -> None:
         try:
-            result = core.run_job(job, on_progress=sender)
-        except UnavailableError:
-            sender.close()
-            raise
-        except Exception as error:
-            sender.finish(failed_update(error_body(error, job_id=job.job_id)[1]))
-            raise
-        sender.finish(completed_update(result))
-        return result
+            sender.finish(update)
+        finally:
+            orchestrator.close()
+            done()
+
+    report = threading.Thread(target=send, name="last-report", daemon=True)
+    report.start()
+    report.join(REPORT_S)
 
 
 def _report_refusal(core: Core, error: MuseTalkError) -> None:
-    """Report a refused request as failed if its id is one; the answer waits a moment, the report continues behind it.
+    """Report a refused request as failed if its id is one.
 
     For Salad's queue a refused job is done, so nobody else would say that it failed.
     """
@@ -222,18 +243,9 @@ def _report_refusal(core: Core, error: MuseTalkError) -> None:
         logger.warning("refused request not reported; too many reports are on their way")
         return
     error.stage = error.stage or "validation"
+    orchestrator = Orchestrator(orchestrator_settings(settings))
     update = failed_update(error_body(error, job_id=job_id)[1])
-
-    def send() -> None:
-        try:
-            with closing(Orchestrator(orchestrator_settings(settings))) as orchestrator:
-                ProgressSender(orchestrator, job_id).finish(update)
-        finally:
-            places.release()
-
-    report = threading.Thread(target=send, name="refusal-report", daemon=True)
-    report.start()
-    report.join(REFUSAL_REPORT_S)
+    _report(orchestrator, ProgressSender(orchestrator, job_id), update, places.release)
 
 
 def _is_reportable(job_id: str) -> bool:

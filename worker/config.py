@@ -12,7 +12,6 @@ import ipaddress
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -443,20 +442,3 @@ def exposure_problem(settings: Settings, host: str) -> str | None:
 def is_started_by_script() -> bool:
     """Whether run_worker.sh is the parent of this process; it passes its signals on."""
     return os.environ.get(SCRIPT_PID) == str(os.getppid())
-
-
-def main() -> int:
-    """Print the settings that run_worker.sh needs as lines `name=value`; return the exit status (2: wrong settings)."""
-    try:
-        settings = load_settings()
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"mode={settings.worker_mode}")
-    print(f"port={settings.port}")
-    print(f"queue_worker={settings.salad_queue_worker}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,7 +26,7 @@ LINGER_S = 2.0
 # Heads beyond this size go to Gunicorn's parser as they are, which refuses them with the right status.
 MAX_HEAD_BYTES = 65_536
 # Bodies up to this size are received by the main loop, so that no thread waits for a slow one.
-MAX_BUFFERED_BODY_BYTES = 262_144
+MAX_BUFFERED_BODY_BYTES = 65_536
 # Read and dropped of a body that nobody wanted, before the connection is cut.
 MAX_DROPPED_BYTES = 8_000_000
 

@@ -265,8 +265,18 @@ class Server(ThreadWorker):  # type: ignore[misc]  # Gunicorn has no types
             self.poller.unregister(connection.sock)
 
     def _on_readable(self, connection: Connection, _sock: Any) -> None:
+        # Another one may have been closed for want of room since the event.
         if connection not in self._receiving:
             return
+        try:
+            self._read(connection)
+        except Exception:
+            # An error here would end the process, and the running job with it.
+            self.log.exception("connection failed")
+            self._drop(connection)
+
+    def _read(self, connection: Connection) -> None:
+        """Take what the client has sent."""
         try:
             data = connection.sock.recv(65_536)
         except (BlockingIOError, InterruptedError):

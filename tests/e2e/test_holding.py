@@ -16,6 +16,7 @@ import psutil
 import pytest
 import requests
 
+from tests.support.fake_orchestrator import FakeOrchestrator
 from tests.support.server import Server, wait_until
 
 COMMAND = [sys.executable, "-m", "gunicorn", "--config", "tests/support/quick.conf.py"]
@@ -130,3 +131,37 @@ def test_a_chunked_body_beyond_the_limit_is_answered_with_its_id(server: Server)
     assert answer.status_code == 413
     assert answer.json()["musetalk_job_id"] == "job-1"
     assert runs(server) == []
+
+
+def test_health_gives_the_reason_to_the_end_of_a_stop_in_buffer_mode_too(tmp_path: Path) -> None:
+    """No request was open, so the server closed its port while the claim loop finished the job."""
+    with FakeOrchestrator() as orchestrator:
+        server = Server(
+            tmp_path,
+            tmp_path / "no-models",
+            command=COMMAND,
+            BUFFER_WORKER_ID="buffer-1",
+            ORCHESTRATOR_BASE_URL=orchestrator.url,
+            INTERNAL_API_KEY="key",
+            BUFFER_POLL_INTERVAL_SEC="0.2",
+        )
+        try:
+            server.wait_for(200)
+            server.command("hold-job")
+            orchestrator.jobs.append({"buffer_job_id": "b-1", **GOOD})
+            wait_until(lambda: runs(server))
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: server.health()[1]["status"] == "draining")
+            ends = time.monotonic() + 4
+            while time.monotonic() < ends:
+                begun = time.monotonic()
+                status, body = server.health()
+                assert (status, body["status"]) == (503, "draining")
+                assert time.monotonic() - begun < 1
+            server.release("hold-job")
+            assert server.process.wait(20) == 0
+            (report,) = orchestrator.of("status", "b-1")
+            assert report.body["status"] == "succeeded"
+        finally:
+            server.release("hold-job")
+            server.stop()
