@@ -6,26 +6,41 @@ media.
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
-import json
-import math
+import argparse
 import sys
-from contextlib import closing
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from flask import Flask, Response, current_app, jsonify, request, send_from_directory
-from werkzeug.exceptions import Forbidden, HTTPException, NotFound, RequestEntityTooLarge, Unauthorized
+from werkzeug.exceptions import (
+    ClientDisconnected,
+    Forbidden,
+    HTTPException,
+    LengthRequired,
+    NotFound,
+    RequestEntityTooLarge,
+)
+from werkzeug.serving import WSGIRequestHandler
 
 from musetalk import __version__
-from musetalk.errors import MuseTalkError, ProcessingError, RequestError, UnavailableError
+from musetalk.errors import MuseTalkError, ProcessingError, RequestError, ShutdownError, UnavailableError
 from musetalk_core import Core, shared_core
-from worker.config import bind_addresses, load_settings
-from worker.jobs import Job, JobResult, error_body, parse_job, result_body
+from worker.config import bind_addresses, exposure_problem, load_settings, port_problem
+from worker.jobs import MAX_ID_LENGTH, Job, JobResult, error_body, parse_job, result_body
 from worker.orchestrator import Orchestrator, ProgressSender, completed_update, failed_update, orchestrator_settings
 from worker.telemetry import logger
 from worker.web import openapi, playground
+from worker.web.bodies import decode_json, job_id_in, read_body, read_start
+from worker.web.callers import TRUSTED, check
+from worker.web.holding import CallerGoneError, Deliveries, wait_while
+
+# Requests that may wait for the models at once; each holds a thread.
+MAX_WAITING = 6
+# Reports about refused requests that may be on their way at once.
+MAX_REFUSAL_REPORTS = 4
+# The longest that an answer waits for its report.
+REPORT_S = 2.0
 
 
 def create_app(core: Core | None = None, *, with_playground: bool = False) -> Flask:
@@ -35,6 +50,9 @@ def create_app(core: Core | None = None, *, with_playground: bool = False) -> Fl
     app.request_class = playground.UploadRequest
     app.config["MAX_CONTENT_LENGTH"] = core.settings.max_body_bytes
     app.extensions["core"] = core
+    app.extensions["deliveries"] = Deliveries()
+    app.extensions["waiting"] = threading.BoundedSemaphore(MAX_WAITING)
+    app.extensions["refusal_reports"] = threading.BoundedSemaphore(MAX_REFUSAL_REPORTS)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.add_url_rule("/hc", view_func=health, methods=["GET"])
     app.add_url_rule("/generate", view_func=generate, methods=["POST"])
@@ -46,6 +64,7 @@ def create_app(core: Core | None = None, *, with_playground: bool = False) -> Fl
     if with_playground or core.settings.playground:
         playground.register(app)
     app.before_request(check_caller)
+    app.after_request(note_delivery)
     app.register_error_handler(Exception, answer_error)
     return app
 
@@ -61,62 +80,113 @@ _OPEN_TO_ALL = {"health", "playground.page", "playground.asset", "playground.dem
 
 
 def check_caller() -> None:
-    """Let callers on this machine pass and ask others for the key, if one is set; refuse pages of other sites.
-
-    A request that a proxy on this machine forwards is not local. A browser adds Origin to the requests of a page, and
-    a page of any site can send a POST to localhost.
-    """
-    origin = request.headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc != request.host:
-        raise Forbidden
-    # After the check of Origin: a page of another site runs on this machine and would count as local.
-    key = _core().settings.internal_api_key
-    if request.endpoint in _OPEN_TO_ALL or not key or _is_local():
-        return
-    given = request.headers.get("X-Internal-API-Key", "")
-    if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), key.encode()):
-        raise Unauthorized
+    """Let callers on this machine pass and ask others for the key, if one is set; refuse pages of other sites."""
+    check(request, _core().settings, is_open=request.endpoint in _OPEN_TO_ALL)
+    if request.endpoint == "generate":
+        request.environ["musetalk.is_delivered"] = True
+        _deliveries().begin()
 
 
-def _is_local() -> bool:
-    if any(name in request.headers for name in ("Forwarded", "X-Forwarded-For", "X-Real-IP")):
-        return False
-    try:
-        address = ipaddress.ip_address((request.remote_addr or "").split("%", 1)[0])
-    except ValueError:
-        return False
-    # A socket for both families reports an IPv4 caller as ::ffff:127.0.0.1.
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)
+def _deliveries() -> Deliveries:
+    deliveries = current_app.extensions["deliveries"]
+    assert isinstance(deliveries, Deliveries)
+    return deliveries
+
+
+def note_delivery(response: Response) -> Response:
+    """Count the answer of a job as delivered once its last byte was sent."""
+    if request.environ.pop("musetalk.is_delivered", False):
+        response.call_on_close(_deliveries().end)
+    return response
 
 
 def health() -> tuple[Response, int]:
     """Answer 200 while the worker is ready or busy, 503 with the reason otherwise; never waits for a job."""
     readiness = _core().readiness
     body: dict[str, Any] = {"status": "ok" if readiness.is_healthy else readiness.state, "model": readiness.model}
+    deliveries = _deliveries()
     if readiness.is_healthy:
         body["busy"] = readiness.state == "busy"
     else:
         body["reason"] = readiness.reason
+        # run_worker.sh stops Salad's binary when both are gone.
+        if readiness.state == "draining" and deliveries.is_busy:
+            body["busy"] = True
+    if deliveries.is_delivering:
+        body["delivering"] = True
     return jsonify(body), 200 if readiness.is_healthy else 503
 
 
 def generate() -> tuple[Response, int]:
-    """Run one job and answer with its result; 422 for bad input, 503 at once when the worker cannot take it."""
+    """Run one job and answer with its result; 422 for bad input, 503 at once when the worker cannot take it.
+
+    While the models load, the request waits. While the process stops, it gets no answer.
+    """
     core = _core()
-    if playground.is_upload(request):
-        # Refused before half a gigabyte is received.
-        core.check_free()
-        job = playground.uploaded_job(request)
-        request.environ["musetalk.job_id"] = job.job_id
-    else:
+    if core.status.is_draining:
+        _hold()
+    job = _received_job(core)
+    _wait_for_models(core)
+    try:
+        if not core.settings.orchestrator_url or not core.settings.internal_api_key:
+            return jsonify(result_body(core.run_job(job))), 200
+        return jsonify(result_body(_run_with_progress(core, job))), 200
+    except UnavailableError:
+        if core.status.is_draining:
+            _hold()
+        raise
+    except ShutdownError:
+        # A refusal would make Salad's queue send the job here again at once, and cost another attempt.
+        if job.queue_job_id:
+            _hold()
+        raise
+
+
+def _received_job(core: Core) -> Job:
+    """Read the job in the request; a refused one is reported to the orchestrator if its id can be read."""
+    try:
+        if playground.is_upload(request):
+            # Refused before half a gigabyte is received.
+            core.check_free()
+            with playground.receiving(request):
+                return playground.uploaded_job(request)
         body = _json_body()
         job_id = body.get("musetalk_job_id") if isinstance(body, dict) else None
         request.environ["musetalk.job_id"] = job_id if isinstance(job_id, str) else None
-        job = parse_job(body, queue_job_id=request.headers.get("Salad-Job-Id"))
-    if not core.settings.orchestrator_url or not core.settings.internal_api_key:
-        return jsonify(result_body(core.run_job(job))), 200
-    return jsonify(result_body(_run_with_progress(core, job))), 200
+        return parse_job(body, queue_job_id=request.headers.get("Salad-Job-Id"))
+    except (RequestError, RequestEntityTooLarge) as error:
+        _report_refusal(core, _as_our_error(error, 413) if isinstance(error, HTTPException) else error)
+        raise
+
+
+def _hold() -> None:
+    """Keep the request without an answer until the caller or this process ends.
+
+    Raises UnavailableError when the caller is gone, for an answer that nobody reads.
+    """
+    with _deliveries().held():
+        try:
+            wait_while(lambda: True, request.environ, float("inf"))
+        except CallerGoneError:
+            raise UnavailableError("the worker is shutting down", state="draining") from None
+
+
+def _wait_for_models(core: Core) -> None:
+    """Wait while the models load; the caller finds out what else keeps the worker from running a job.
+
+    Raises UnavailableError when the caller has gone away or too many requests wait.
+    """
+    if core.readiness.state != "starting" or not core.settings.start_wait_s:
+        return
+    places = current_app.extensions["waiting"]
+    if not places.acquire(blocking=False):
+        raise UnavailableError("the models are loading, and other requests wait for them", state="starting")
+    try:
+        wait_while(lambda: core.readiness.state == "starting", request.environ, core.settings.start_wait_s)
+    except CallerGoneError:
+        raise UnavailableError("the caller went away while the models were loading", state="starting") from None
+    finally:
+        places.release()
 
 
 def _run_with_progress(core: Core, job: Job) -> JobResult:
@@ -125,41 +195,90 @@ def _run_with_progress(core: Core, job: Job) -> JobResult:
     The caller is Salad's binary, which discards the body of a 5xx, so the reason of a failure is reported here as well.
     A refusal because of another job is not this job's outcome and is not reported.
     """
-    with closing(Orchestrator(orchestrator_settings(core.settings))) as orchestrator:
-        sender = ProgressSender(orchestrator, job.job_id, on_cancel=core.cancel)
+    orchestrator = Orchestrator(orchestrator_settings(core.settings))
+    sender = ProgressSender(orchestrator, job.job_id, on_cancel=core.cancel)
+    try:
+        result = core.run_job(job, on_progress=sender)
+    except UnavailableError:
+        sender.close()
+        orchestrator.close()
+        raise
+    except Exception as error:
+        _report(orchestrator, sender, failed_update(error_body(error, job_id=job.job_id)[1]))
+        raise
+    _report(orchestrator, sender, completed_update(result))
+    return result
+
+
+def _report(
+    orchestrator: Orchestrator,
+    sender: ProgressSender,
+    update: Mapping[str, object],
+    done: Callable[[], None] = lambda: None,
+) -> None:
+    """Send the last report of a job; the answer waits REPORT_S at most, the report continues behind it."""
+
+    def send() -> None:
         try:
-            result = core.run_job(job, on_progress=sender)
-        except UnavailableError:
-            sender.close()
-            raise
-        except Exception as error:
-            sender.finish(failed_update(error_body(error, job_id=job.job_id)[1]))
-            raise
-        sender.finish(completed_update(result))
-        return result
+            sender.finish(update)
+        finally:
+            orchestrator.close()
+            done()
+
+    report = threading.Thread(target=send, name="last-report", daemon=True)
+    report.start()
+    report.join(REPORT_S)
+
+
+def _report_refusal(core: Core, error: MuseTalkError) -> None:
+    """Report a refused request as failed if its id is one.
+
+    For Salad's queue a refused job is done, so nobody else would say that it failed.
+    """
+    settings, job_id = core.settings, str(request.environ.get("musetalk.job_id") or "")
+    if not settings.orchestrator_url or not settings.internal_api_key or not _is_reportable(job_id):
+        return
+    places = current_app.extensions["refusal_reports"]
+    if not places.acquire(blocking=False):
+        logger.warning("refused request not reported; too many reports are on their way")
+        return
+    error.stage = error.stage or "validation"
+    orchestrator = Orchestrator(orchestrator_settings(settings))
+    update = failed_update(error_body(error, job_id=job_id)[1])
+    _report(orchestrator, ProgressSender(orchestrator, job_id), update, places.release)
+
+
+def _is_reportable(job_id: str) -> bool:
+    """Whether an id can be part of the orchestrator's route."""
+    is_name = bool(job_id.strip()) and job_id not in {".", ".."}
+    return is_name and len(job_id) <= MAX_ID_LENGTH and job_id.isprintable()
 
 
 def _json_body() -> object:
     """Read the body as JSON, whatever its content type; raises RequestError for anything that is not JSON."""
-    data = request.get_data(cache=False)
-    # Werkzeug cuts a body without a length at the limit silently.
-    if request.content_length is None and len(data) >= _core().settings.max_body_bytes:
-        raise RequestEntityTooLarge
+    limit = _core().settings.max_body_bytes
+    if (request.content_length or 0) > limit:
+        raise _too_large(read_start(request.environ["wsgi.input"]))
+    if request.content_length is None and request.environ.get("wsgi.input_terminated"):
+        # Werkzeug cuts a body without a length at the limit, and does not say so.
+        try:
+            data = read_body(request.environ["wsgi.input"], limit + 1)
+        except OSError as error:
+            raise ClientDisconnected from error
+        if len(data) > limit:
+            raise _too_large(data)
+    else:
+        data = request.get_data(cache=False)
     try:
-        return json.loads(data, parse_constant=_refuse_constant, parse_float=_finite_float)
-    except (ValueError, RecursionError):
+        return decode_json(data)
+    except ValueError:
         raise RequestError("the body must be JSON", field="body") from None
 
 
-def _refuse_constant(_name: str) -> object:
-    raise ValueError("NaN and Infinity are not JSON")
-
-
-def _finite_float(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError("the number is too large")
-    return number
+def _too_large(start: bytes) -> RequestEntityTooLarge:
+    """The error for a body beyond the limit; its answer has the job's id if the body begins with it."""
+    request.environ["musetalk.job_id"] = job_id_in(start)
+    return RequestEntityTooLarge(f"the body is larger than {_core().settings.max_body_bytes} bytes (MAX_BODY_BYTES)")
 
 
 def cancel(job_id: str) -> tuple[Response, int]:
@@ -197,7 +316,8 @@ def answer_error(error: Exception) -> tuple[Response, int, dict[str, str]]:
     headers: dict[str, str] = {}
     status = None
     if isinstance(error, HTTPException) and error.code is not None:
-        status = error.code
+        # The body arrived too slowly, or not at all.
+        status = 408 if isinstance(error, ClientDisconnected) else error.code
         headers = {name: value for name, value in error.get_headers() if name.lower() == "allow"}
         error = _as_our_error(error, status)
     if isinstance(error, RequestError):
@@ -206,35 +326,60 @@ def answer_error(error: Exception) -> tuple[Response, int, dict[str, str]]:
         logger.error("unexpected error in a request", exc_info=error)
     own_status, body = error_body(error, job_id=request.environ.get("musetalk.job_id"))
     status = status or own_status
+    if not request.environ.get(TRUSTED):
+        body.pop("stack_trace", None)
     if status == 503:
         headers["Retry-After"] = "5"
     return jsonify(body), status, headers
 
 
+_WITH_OUR_TEXT = (RequestEntityTooLarge, Forbidden, LengthRequired)
+
+
 def _as_our_error(error: HTTPException, status: int) -> MuseTalkError:
     """An HTTP error of Flask as one of ours, with our own sentence if we gave one, else with the status in words."""
-    text = str(error.name)
-    if isinstance(error, RequestEntityTooLarge) and error.description != RequestEntityTooLarge.description:
+    text = "the body did not arrive in time" if isinstance(error, ClientDisconnected) else str(error.name)
+    if isinstance(error, _WITH_OUR_TEXT) and error.description != type(error).description:
         text = str(error.description)
     kind = RequestError if status < 500 else ProcessingError
-    ours = kind(text, retryable=False, status_code=status)
+    ours = kind(text, retryable=status == 408, status_code=status)
     ours.stage = "validation"
     return ours
 
 
+class _Handler(WSGIRequestHandler):
+    """Handler of Flask's own server that gives up on a client which sends nothing."""
+
+    timeout = 30
+
+
 def main() -> int:
     """Serve on WORKER_PORT with Flask's own server, for quick local tests; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Serve the worker and its page on this machine, for a quick local test. Settings come from the "
+        "environment and .env; WORKER_HOST=0.0.0.0 lets other machines in."
+    )
+    parser.parse_args()
     try:
         settings = load_settings()
     except MuseTalkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    # A quick test needs no other machine.
+    host = settings.host or "127.0.0.1"
+    if host == "::":
+        # Where the machine has no IPv6, this is 0.0.0.0.
+        host = bind_addresses(host, 0)[0].rpartition(":")[0].strip("[]")
+    if (problem := port_problem(host, settings.port, patience_s=1.0)) is not None:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
     if settings.is_buffer_mode:
         print("buffer mode: python app.py claims no jobs; start ./run_worker.sh for that", file=sys.stderr)
     app = create_app(with_playground=True)
-    host = "0.0.0.0" if bind_addresses(settings.host, 0)[0].startswith("0.0.0.0") else settings.host  # noqa: S104
+    if (problem := exposure_problem(settings, host)) is not None:
+        logger.warning(problem)
     print(f"open http://localhost:{settings.port}/ to try it; /hc reports when it is ready", file=sys.stderr)
-    app.run(host=host, port=settings.port, threaded=True)
+    app.run(host=host, port=settings.port, threaded=True, request_handler=_Handler)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Gunicorn: one worker process (one GPU, one set of models), threads so that /hc answers while a job runs.
+"""Gunicorn: one worker process (one GPU, one set of models), with a worker class that keeps /hc answering.
 
 Every value that Gunicorn would read from its own environment variables (PORT, WEB_CONCURRENCY) is set here. The hooks
 start and stop the claim loop of buffer mode, which Gunicorn knows nothing of.
@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from musetalk.errors import SettingsError
-from worker.config import bind_addresses, load_settings
+from worker.config import bind_addresses, exposure_problem, is_started_by_script, load_settings, port_problem
 
 try:
     _settings = load_settings()
@@ -27,11 +28,10 @@ except SettingsError as error:
     sys.exit(2)
 
 wsgi_app = "app:create_app()"
-bind = bind_addresses(_settings.host, _settings.port)
+bind = bind_addresses(_settings.listen_host, _settings.port)
 workers = 1
-worker_class = "gthread"
-# The running job holds one thread; a silent connection holds another for up to 5 s.
-threads = 16
+# Derived from Gunicorn's `gthread`; it has its own numbers of threads and connections.
+worker_class = "worker.server.Server"
 # Watchdog of the process, not a limit on requests (gthread): loading and compiling may hold the interpreter.
 timeout = 300
 graceful_timeout = int(_settings.graceful_timeout_s)
@@ -55,16 +55,33 @@ logconfig_dict = {
 
 # The parent sends this to the worker after a second SIGTERM.
 _ABORT = signal.SIGUSR2
+# run_worker.sh passes on a signal that the process group has received as well; within this time the two are one.
+_PASSED_ON_S = 2.0
+_is_started_by_script = is_started_by_script()
+
+
+def on_starting(server: Any) -> None:
+    """In the parent, before it listens: end the start in one line when the port cannot be used."""
+    # After SIGUSR2 the new parent inherits the sockets of the old one.
+    if server.master_pid:
+        return
+    problem = port_problem(_settings.listen_host, _settings.port)
+    if problem is not None:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(1)
 
 
 def when_ready(server: Any) -> None:
     """In the parent, after its signal handlers: make a second SIGTERM, which Gunicorn ignores, an abort."""
     previous = signal.getsignal(signal.SIGTERM)
-    n_signals = 0
+    n_signals, last = 0, 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal n_signals
-        n_signals += 1
+        nonlocal n_signals, last
+        now = time.monotonic()
+        if n_signals and _is_started_by_script and now - last < _PASSED_ON_S:
+            return
+        n_signals, last = n_signals + 1, now
         if n_signals > 1:
             for pid in list(server.WORKERS):
                 with contextlib.suppress(ProcessLookupError):
@@ -99,13 +116,20 @@ def post_fork(_server: Any, _worker: Any) -> None:
     poller.start(core)
 
 
-def post_worker_init(_worker: Any) -> None:
+def post_worker_init(worker: Any) -> None:
     """Stop claiming at the first SIGTERM; Gunicorn calls worker_exit only when no request is left."""
     from musetalk_core import shared_core
     from poller import running
     from worker.lifecycle import Lifecycle
+    from worker.telemetry import logger
 
-    lifecycle = Lifecycle(shared_core(), running, graceful_s=_settings.graceful_timeout_s)
+    if (problem := exposure_problem(_settings, _settings.listen_host)) is not None:
+        logger.warning(problem)
+    # /hc answers while the claim loop finishes its job.
+    worker.still_working = lambda: (loop := running()) is not None and not loop.join(0)
+    lifecycle = Lifecycle(
+        shared_core(), running, graceful_s=_settings.graceful_timeout_s, end_process=worker.end_for_successor
+    )
     lifecycle.start()
     previous = signal.getsignal(signal.SIGTERM)
 

@@ -1,19 +1,24 @@
-"""Responsiveness under load: /hc and heartbeats while a job runs and both cores are busy.
+"""Responsiveness under load: /hc and heartbeats while a job runs, both cores are busy, and clients are slow.
 
-    python -m benchmarks.service [--seconds 40] [--hogs 2]
+    python -m benchmarks.service [--seconds 40] [--hogs 2] [--slow 500]
 
 Starts the real server in buffer mode against a loopback orchestrator, with tiny models, and as many busy processes as
-asked for. Prints the times of /hc (median, 99th percentile, longest) and the gaps between heartbeats, idle and loaded.
+asked for. Prints the times of /hc (median, 99th percentile, longest) and the gaps between heartbeats: idle, in a job,
+and in a job under slow connections, half of which send a byte a second and half nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
+import socket
 import statistics
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,6 +51,44 @@ def health_times(server: Server, seconds: float, orchestrator: FakeOrchestrator,
     return times
 
 
+@contextlib.contextmanager
+def slow_connections(server: Server, number: int) -> Iterator[None]:
+    """Keep `number` unfinished requests open inside the block; those that the server closes are opened again."""
+    port = int(server.url.rsplit(":", 1)[1])
+    stopped = threading.Event()
+
+    def connect() -> socket.socket:
+        client = socket.create_connection(("127.0.0.1", port), timeout=30)
+        client.sendall(b"GET /hc HTTP/1.1\r\nX: ")
+        return client
+
+    clients = [connect() for _ in range(number)]
+
+    def drip() -> None:
+        while not stopped.wait(1.0):
+            for place, client in enumerate(clients):
+                try:
+                    if place % 2:
+                        client.sendall(b"x")
+                    elif client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) is not None:
+                        raise ConnectionError
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    client.close()
+                    clients[place] = connect()
+
+    dripping = threading.Thread(target=drip, daemon=True)
+    dripping.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        dripping.join()
+        for client in clients:
+            client.close()
+
+
 def summary(times: list[float]) -> dict[str, float]:
     """Median, 99th percentile and longest, in ms."""
     ordered = sorted(times)
@@ -62,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--hogs", type=int, default=2)
+    parser.add_argument("--slow", type=int, default=500)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, FakeOrchestrator() as orchestrator:
         folder = Path(name)
@@ -88,6 +132,8 @@ def main() -> None:
             orchestrator.wait_for(lambda: orchestrator.of("progress", "m"))
             begun = time.monotonic()
             loaded = health_times(server, given.seconds, orchestrator, "b")
+            with slow_connections(server, given.slow):
+                slow = health_times(server, given.seconds, orchestrator, "b")
             beats = [call.time for call in orchestrator.of("heartbeat") if call.time >= begun - 10]
             gaps = [later - earlier for earlier, later in pairwise([*beats, time.monotonic()])]
             requests.delete(f"{server.url}/generate/m", timeout=30)
@@ -98,6 +144,8 @@ def main() -> None:
     figures = {
         "hc_idle": summary(idle),
         "hc_in_a_job_with_busy_cores": summary(loaded),
+        "hc_in_a_job_under_slow_connections": summary(slow),
+        "slow_connections": given.slow,
         "longest_heartbeat_gap_s": round(max(gaps), 2),
         "busy_processes": given.hogs,
     }

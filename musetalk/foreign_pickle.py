@@ -66,8 +66,11 @@ class InertObject:
     update = extend
 
 
-class _Reader(pickle.Unpickler):
-    """Unpickler that resolves every global itself; the base's `find_class`, which imports, is never called."""
+class _Reader(pickle._Unpickler):
+    """Unpickler that resolves every global itself; the base's `find_class`, which imports, is never called.
+
+    The base is Python's own and not the faster one in C, whose memo is an array: one index of it allocates gigabytes.
+    """
 
     def __init__(self, file: io.BytesIO, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(file)
@@ -83,6 +86,7 @@ class _Reader(pickle.Unpickler):
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): _parameter,
+            ("torch._tensor", "_rebuild_from_type_v2"): _tensor_with_attributes,
         }
         if module.partition(".")[0] in _HOSTILE_MODULES:
             raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which no checkpoint needs")
@@ -96,16 +100,43 @@ class _Reader(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isdigit():
             raise pickle.UnpicklingError("the file refers to something that is no storage")
         if key not in self._storages:
-            data = self._archive.read(f"{self._folder}/data/{key}")
-            if len(data) != n_elements * dtype.itemsize:
+            member = f"{self._folder}/data/{key}"
+            n_bytes = self._archive.getinfo(member).file_size
+            # Compared before it is read.
+            if n_bytes != n_elements * dtype.itemsize:
                 raise pickle.UnpicklingError(
-                    f"storage {key} has {len(data)} bytes, {n_elements * dtype.itemsize} expected"
+                    f"storage {key} has {n_bytes} bytes, {n_elements * dtype.itemsize} expected"
                 )
+            data = self._archive.read(member)
             # A bytearray, because torch warns about tensors in read-only memory.
             self._storages[key] = (
                 torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
             )
         return self._storages[key]
+
+
+class SizeReader(pickle._Unpickler):
+    """Unpickler that builds nothing and notes the size of every storage that the pickle refers to."""
+
+    def __init__(self, pickled: bytes) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._sizes: dict[str, int] = {}
+
+    def storages(self) -> dict[str, int]:
+        """Bytes of each storage by key; raises whatever pickle raises for damaged bytes."""
+        self.load()
+        return self._sizes
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the type of a storage, else a stand-in."""
+        return _STORAGES[name] if module == "torch" and name in _STORAGES else InertObject
+
+    def persistent_load(self, pid: Any) -> InertObject:
+        """Note a storage's size."""
+        if isinstance(pid, tuple) and len(pid) >= 5 and isinstance(pid[1], torch.dtype) and type(pid[4]) is int:
+            key = str(pid[2])
+            self._sizes[key] = max(self._sizes.get(key, 0), pid[4] * pid[1].itemsize)
+        return InertObject()
 
 
 def rebuild_tensor(
@@ -127,6 +158,10 @@ def rebuild_tensor(
 
 def _parameter(data: Tensor, *_rest: object) -> Tensor:
     return data
+
+
+def _tensor_with_attributes(function: Any, _type: object, arguments: tuple[Any, ...], *_rest: object) -> object:
+    return rebuild_tensor(*arguments) if function is rebuild_tensor else InertObject()
 
 
 def read_foreign(path: Path) -> object:

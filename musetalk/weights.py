@@ -11,7 +11,9 @@ import math
 import pickle
 import runpy
 import struct
+import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from musetalk.checkpoint_limits import OversizeError, check_legacy, check_zip
 from musetalk.errors import WeightsError
 from musetalk.foreign_pickle import read_foreign
 from musetalk.manifest import MANIFEST, OFFICIAL, OTHER_NAMES, ModelVersion, WeightFile, find_file
@@ -31,6 +34,9 @@ __all__ = ["MANIFEST", "ModelFiles", "ModelVersion", "WeightFile"]
 
 # Characters of a library's message that go into an error: enough for the keys that do not fit a network.
 _MESSAGE_LIMIT = 600
+
+# A configuration has a few kilobytes.
+MAX_CONFIG_BYTES = 1_000_000
 
 # Raised by torch's readers for bytes that are no checkpoint or only the beginning of one.
 _UNREADABLE = (
@@ -45,6 +51,7 @@ _UNREADABLE = (
     pickle.UnpicklingError,
     struct.error,
     zipfile.BadZipFile,
+    zlib.error,
 )
 
 
@@ -140,10 +147,13 @@ def _file_error(path: Path, what: str) -> WeightsError:
 def read_config(path: Path) -> dict[str, Any]:
     """Read a JSON configuration, without the entries that start with an underscore; raises WeightsError."""
     try:
+        n_bytes = path.stat().st_size
+        if n_bytes > MAX_CONFIG_BYTES:
+            raise _file_error(path, f"has {n_bytes:,} bytes, too many for a configuration")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _file_error(path, "is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _file_error(path, f"is not a readable JSON file ({type(error).__name__})") from None
     if not isinstance(raw, dict):
         raise _file_error(path, "is not a JSON object")
@@ -209,8 +219,11 @@ def _read_torch(path: Path) -> object:
             raise _file_error(path, f"is cut short: it has {path.stat().st_size:,} bytes and its end is missing")
         return _read_legacy(path)
     try:
-        # Mapped, so that a checkpoint of 3.4 GB is not copied into memory.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Mapped, so that a checkpoint of 3.4 GB is not copied into memory. Compressed bytes would be taken for numbers.
+        is_plain = check_zip(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_plain)
+    except OversizeError as error:
+        raise _file_error(path, str(error)) from None
     except pickle.UnpicklingError:
         # The checkpoint also contains objects of its training library; this reader builds none of them.
         try:
@@ -224,7 +237,12 @@ def _read_torch(path: Path) -> object:
 def _read_legacy(path: Path) -> object:
     """Read a checkpoint from before torch 1.6: a sequence of pickles and raw storages."""
     try:
+        # Torch itself explains that it reads no tar files.
+        if not tarfile.is_tarfile(path):
+            check_legacy(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OversizeError as error:
+        raise _file_error(path, str(error)) from None
     except _UNREADABLE as error:
         raise _file_error(path, f"is not a torch checkpoint, or is cut short ({_cause(error)})") from None
 

@@ -351,11 +351,35 @@ class B2Store:
         if not isinstance(problem, B2Error):
             return f"B2 sent an unreadable answer ({type(problem).__name__})"
         text = str(problem)
-        for secret in (self.settings.app_key, self.settings.key_id):
+        for secret in (self.settings.app_key, self.settings.key_id, *self._tokens()):
             text = text.replace(secret, "…") if secret else text
-        text = re.sub(r"https?://\S+|\burl: \S+|\S{40,}|\b\d_\S+", "…", text)  # addresses, tokens, file ids
+        for pattern, instead in _SECRETS:
+            text = pattern.sub(instead, text)
         return f"{type(problem).__name__}: {' '.join(text.split())[:200]}"
 
+    def _tokens(self) -> list[str]:
+        """The authorization token in use, if there is one."""
+        try:
+            return [str(self._account.get_account_auth_token())]
+        except b2.exception.MissingAccountData:
+            return []
+
+
+# B2 may quote in its own words what it was sent: a token in use is known by value, all others by these patterns.
+_SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
+    # Whatever the name of a secret introduces, up to the end of the sentence; a signature may be several words.
+    (
+        re.compile(
+            r"(\b\w*(?:token|signature|authorization|credential|secret|password)\w*)[\"']?\s*[:=][^.;]*", re.IGNORECASE
+        ),
+        r"\1: …",
+    ),
+    (re.compile(r"\"[^\"]*\"|'[^']*'|`[^`]*`"), "…"),
+    # Addresses, long words, file ids and tokens.
+    (re.compile(r"https?://\S+|\burl: \S+|\S{40,}|\b\d_\S+"), "…"),
+    # Words of letters and digits, as a shorter token or a part of one is.
+    (re.compile(r"(?=\S*[A-Za-z])(?=\S*\d)[^\s(]{8,}"), "…"),
+)
 
 _REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (NonExistentBucket, "the bucket does not exist"),

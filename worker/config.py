@@ -6,10 +6,13 @@ Each setting is one line of `Settings`: type, variable, parser, meaning, default
 
 from __future__ import annotations
 
+import difflib
+import errno
+import ipaddress
 import os
 import re
 import socket
-import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -148,7 +151,10 @@ def variable(
 
 
 ENV_FILE = "MUSETALK_ENV_FILE"
+# Set by run_worker.sh to its process id, for the server that it starts.
+SCRIPT_PID = "MUSETALK_SCRIPT_PID"
 
+ModeChoice = Literal["queue", "buffer"]
 ModelChoice = Literal["auto", "v15", "v1", "demo"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeChoice = Literal["auto", "float32", "float16", "bfloat16"]
@@ -169,11 +175,14 @@ class Settings:
     """The settings of the process, checked. A new setting is one line here; documents and `.env.example` follow from it."""
 
     # HTTP server
-    host: str = variable("WORKER_HOST", _text, "Address the HTTP server listens on; `::` is every IPv4 and IPv6 address of the machine.", "::")
+    host: str = variable("WORKER_HOST", _text, "Address the HTTP server listens on; unset: `::`, every IPv4 and IPv6 address of the machine, and only `127.0.0.1` with `python app.py`.", "")
     port: int = variable("WORKER_PORT", _whole(1, 65535), "Port of the HTTP server.", "8000")
     graceful_timeout_s: float = variable("GRACEFUL_TIMEOUT_SEC", _seconds(1, 3600), "Time from SIGTERM to the end of the process; ten seconds before it a running job is stopped and returned as retryable (under 20 s: after half of it).", "120")
     playground: bool = variable("PLAYGROUND", _flag, "1 serves a page at `/` to try the worker on, and takes uploads; `python app.py` always does.", "0")
-    max_body_bytes: int = variable("MAX_BODY_BYTES", _whole(1024, 2**30), "Largest request body.", "1000000")
+    max_body_bytes: int = variable("MAX_BODY_BYTES", _whole(1024, 2**30), "Largest request body; Salad sends up to 10 MB.", "10485760")
+    upload_receive_timeout_s: float = variable("UPLOAD_RECEIVE_TIMEOUT_SEC", _seconds(1, 86400), "Time in which an upload of the page must arrive; other bodies have 30 s.", "600")
+    start_wait_s: float = variable("START_WAIT_SEC", _seconds(0, 86400), "Longest time that `POST /generate` waits while the models load; 0 answers 503 at once.", "1800")
+    allowed_hosts: tuple[str, ...] = variable("ALLOWED_HOSTS", _names, "Names (comma-separated, `*.suffix` allowed) by which callers without a key may address this server, beside `localhost`, IP addresses, this machine's name and PUBLIC_BASE_URL.", "")
     # Model
     model: ModelChoice = variable("MUSETALK_MODEL", _choice(ModelChoice), "Which weights to run; `auto` takes v1.5, else v1.0, else fetches v1.5 or, without any official file, runs the demo model.", "auto")
     models_dir: Path = variable("MUSETALK_MODELS_DIR", _path, "Folder with the official `models/` layout.", "models")
@@ -224,7 +233,7 @@ class Settings:
     b2_link_lifetime_s: int = variable("B2_LINK_LIFETIME_SEC", _whole(1, 604_800), "How long the link to a file in a private bucket is valid.", "604800")
     upload_timeout_s: float = variable("UPLOAD_TIMEOUT_SEC", _seconds(1, 86400), "Limit for one whole upload, retries included.", "300")
     # How jobs arrive
-    worker_mode: str = variable("WORKER_MODE", _text, "`queue`: jobs are posted to `/generate`; `buffer`: the worker claims them from the orchestrator.", "queue")
+    worker_mode: ModeChoice = variable("WORKER_MODE", _choice(ModeChoice), "`queue`: jobs are posted to `/generate`; `buffer`: the worker claims them from the orchestrator.", "queue")
     buffer_worker_id: str = variable("BUFFER_WORKER_ID", _text, "Name of this worker; setting it selects buffer mode.", "")
     orchestrator_url: str = variable("ORCHESTRATOR_BASE_URL", _address(), "Address of the orchestrator, for progress and (buffer mode) for jobs.", "")
     buffer_orchestrator_url: str = variable("BUFFER_ORCHESTRATOR_BASE_URL", _address(), "Another orchestrator address for the calls of buffer mode.", "")
@@ -247,6 +256,11 @@ class Settings:
     def is_buffer_mode(self) -> bool:
         """Whether jobs are claimed from the orchestrator instead of posted to `/generate`."""
         return self.worker_mode == "buffer" or bool(self.buffer_worker_id)
+
+    @property
+    def listen_host(self) -> str:
+        """Address that the server under Gunicorn listens on."""
+        return self.host or "::"
 
     @property
     def uses_b2(self) -> bool:
@@ -272,6 +286,7 @@ class Settings:
 # Name of the setting -> its variable, in the order of the documents.
 _ROWS: dict[str, Variable] = {item.name: item.metadata["variable"] for item in fields(Settings) if item.metadata}
 VARIABLES: tuple[Variable, ...] = tuple(_ROWS.values())
+_KNOWN = frozenset([*(name for row in _ROWS.values() for name in (row.name, *row.aliases)), *LEGACY])
 # Unset settings of these types are empty, those of all other types None.
 _UNSET: dict[str, Any] = {"str": "", "tuple[Path, ...]": (), "tuple[str, ...]": ()}
 
@@ -284,6 +299,7 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
     """
     environment = os.environ if environment is None else environment
     given = {name: value.strip() for name, value in _read_env_file(environment, env_file).items()}
+    mistakes = [_mistake(name) for name in given if name not in _KNOWN]
     given.update({name: value.strip() for name, value in environment.items() if value.strip()})
     values: dict[str, Any] = {}
     problems: list[str] = []
@@ -302,7 +318,15 @@ def load_settings(environment: Mapping[str, str] | None = None, env_file: Path |
     if problems:
         raise SettingsError("; ".join(problems))
     _resolve(values, given)
+    values["warnings"] = (*values["warnings"], *mistakes)
     return Settings(**values)
+
+
+def _mistake(name: str) -> str:
+    """The warning about a name in `.env` that is no setting; nobody else reads the file."""
+    nearest = difflib.get_close_matches(name.upper(), _KNOWN, n=1, cutoff=0.75)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"{name} in the .env file is not a setting of this worker and has no effect{hint}"
 
 
 def _read_env_file(environment: Mapping[str, str], env_file: Path | None) -> dict[str, str]:
@@ -332,14 +356,11 @@ def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> None:
         if values[name] is not None:
             values[name] = (ROOT / values[name]).resolve()
     warnings: list[str] = []
-    mode = values["worker_mode"].lower()
-    if mode not in ("queue", "buffer"):
-        warnings.append(f"WORKER_MODE is {mode!r}; it must be queue or buffer; queue mode is used")
-        mode = "queue"
     if ignored := [name for name in LEGACY if name in given]:
         warnings.append(f"{', '.join(ignored)}: set, but this worker does not use it")
     values["warnings"] = tuple(warnings)
-    values["worker_mode"] = "buffer" if values["buffer_worker_id"] else mode
+    if values["buffer_worker_id"]:
+        values["worker_mode"] = "buffer"
     values["worker_id"] = values["buffer_worker_id"] or _worker_id(values["worker_mode"], given)
     for name in ("orchestrator_url", "buffer_orchestrator_url"):
         values[name] = values[name].rstrip("/")
@@ -374,18 +395,50 @@ def bind_addresses(host: str, port: int, *, ipv6_only_file: Path = Path("/proc/s
     return [every_ipv4, f"[::]:{port}"] if is_ipv6_only else [f"[::]:{port}"]
 
 
-def main() -> int:
-    """Print the settings that run_worker.sh needs as lines `name=value`; return the exit status (2: wrong settings)."""
+def port_problem(host: str, port: int, *, patience_s: float = 5.0) -> str | None:
+    """Return why no server can listen on `host` and `port`, or None; a server that is just ending gets `patience_s`."""
+    ends = time.monotonic() + patience_s
+    while True:
+        problem = next(filter(None, (_bind_problem(address) for address in bind_addresses(host, port))), None)
+        if problem is None or time.monotonic() > ends:
+            return problem
+        time.sleep(0.2)
+
+
+def _bind_problem(address: str) -> str | None:
+    host, _, port = address.rpartition(":")
     try:
-        settings = load_settings()
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"mode={settings.worker_mode}")
-    print(f"port={settings.port}")
-    print(f"queue_worker={settings.salad_queue_worker}")
-    return 0
+        family, kind, protocol, _name, place = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return f"port {port} is in use by another program; stop that one, or set WORKER_PORT to a free port"
+        return f"the server cannot listen on {address} ({error.strerror}); check WORKER_HOST and WORKER_PORT"
+    return None
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def is_loopback(host: str) -> bool:
+    """Whether only programs on this machine reach a server that listens on `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def exposure_problem(settings: Settings, host: str) -> str | None:
+    """Return the warning about a server on `host` that other machines can use without a key, or None."""
+    if settings.internal_api_key or is_loopback(host):
+        return None
+    return (
+        "ANYONE WHO REACHES THIS SERVER CAN USE IT: INTERNAL_API_KEY is not set, and it listens on "
+        f"{host}, port {settings.port}; set INTERNAL_API_KEY, or WORKER_HOST=127.0.0.1"
+    )
+
+
+def is_started_by_script() -> bool:
+    """Whether run_worker.sh is the parent of this process; it passes its signals on."""
+    return os.environ.get(SCRIPT_PID) == str(os.getppid())

@@ -144,6 +144,8 @@ class EngineLoader:
             folders.append((settings.output_dir, "OUTPUT_DIR"))
         for folder, name in folders:
             if (problem := folder_problem(folder, name, settings.min_free_disk_mb)) is not None:
+                # The answer of /hc must not name a path of this machine; the log of this machine may.
+                logger.error("folder not usable", extra={"setting": name, "folder": str(folder), "reason": problem})
                 raise ProcessingError(problem)
 
     def _check_device(self) -> Any:

@@ -51,6 +51,11 @@ class WorkerStatus:
         """Take no further job; the running one continues. May be called by a signal handler."""
         self._is_draining = True
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether this process ends soon, also where it has failed before."""
+        return self._is_draining
+
     def add_check(self, check: Callable[[], str | None]) -> None:
         """Call `check()` for every snapshot: a text means that the worker is not healthy, for that reason."""
         self._checks.append(check)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import resource
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,9 +36,17 @@ _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "ascti
 
 
 # The query of an address may be a signature, so it is never logged.
-_QUERY = re.compile(r"(https?://[^\s?#\"'<>]*)[?#][^\s\"'<>]*")
-_USER = re.compile(r"(https?://)[^\s/@\"'<>]*@")
+_QUERY = re.compile(r"(https?://[^\s?#]*)[?#]\S*")
+_USER = re.compile(r"(https?://)[^\s/@]*@")
+# A value that its name calls a secret, also in the words of another program: `token=…`, `Authorization: Bearer …`.
+_NAMED = re.compile(
+    r"((?:authorization|signature|token|secret|password|api[_-]?key)\w*[\"']?\s*[=:]\s*(?:(?:bearer|basic)\s+)?)"
+    r"(?:\"[^\"]*\"|'[^']*'|[^\s\"'&,;]+)",
+    re.IGNORECASE,
+)
 _secrets: set[str] = set()
+# Deeper values are written as text.
+_MAX_DEPTH = 6
 
 
 def redact_values(values: Iterable[str | None]) -> None:
@@ -46,8 +56,8 @@ def redact_values(values: Iterable[str | None]) -> None:
 
 def redacted(text: str) -> str:
     """Return `text` without the queries and user names of addresses and without the values to redact."""
-    text = _USER.sub(r"\1", _QUERY.sub(r"\1?...", text))
-    for secret in _secrets:
+    text = _NAMED.sub(r"\1***", _USER.sub(r"\1", _QUERY.sub(r"\1?...", text)))
+    for secret in tuple(_secrets):
         text = text.replace(secret, "***")
     return text
 
@@ -56,25 +66,54 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, severity (the level field Salad reads), message, job id, extras."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format the record as one line of JSON; values of other types become text."""
+        """Format the record as one line of ASCII; never raises, because logging would print a traceback instead."""
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "severity": record.levelname.lower(),
-            "message": record.getMessage(),
+            "message": _message(record),
         }
         if (job_id := _job_id.get()) is not None:
             entry["job_id"] = job_id
         entry.update({key: value for key, value in vars(record).items() if key not in _RECORD_FIELDS})
         if record.exc_info and record.exc_info[1] is not None:
             entry["exception"] = _trace_text(record.exc_info[1])
-        return redacted(json.dumps(entry, default=str, ensure_ascii=False))
+        # ASCII: a line separator of Unicode would end the line for some readers, half a surrogate pair the record.
+        return json.dumps(_plain(entry), ensure_ascii=True)
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception:  # noqa: BLE001 - a library may log arguments that do not fit its text
+        return str(record.msg)
+
+
+def _plain(value: object, depth: int = 0) -> Any:
+    """`value` as JSON can express it, every text redacted before it is encoded: escapes would hide what to redact."""
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if depth < _MAX_DEPTH:
+        if isinstance(value, Mapping):
+            return {redacted(_text(key)): _plain(item, depth + 1) for key, item in list(value.items())}
+        if isinstance(value, (list, tuple)):
+            return [_plain(item, depth + 1) for item in value]
+    return redacted(_text(value))
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001 - an object of any library
+        return f"<{type(value).__name__}>"
 
 
 def _trace_text(error: BaseException) -> str:
     """The error and where it happened, with file names but without the folders of this machine."""
     frames = traceback.extract_tb(error.__traceback__)
     where = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
-    return f"{type(error).__name__}: {str(error).replace(str(ROOT), '.')} ({where})"
+    return f"{type(error).__name__}: {_text(error).replace(str(ROOT), '.')} ({where})"
 
 
 def configure_logging(level: str, stream: TextIO = sys.stdout) -> None:
@@ -90,6 +129,15 @@ def configure_logging(level: str, stream: TextIO = sys.stdout) -> None:
     root.setLevel(logging.WARNING)
     logger.setLevel(level.upper())
     logging.captureWarnings(True)
+    # What no one catches would be printed as a traceback of many lines.
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _log_thread_error
+
+
+def _log_thread_error(given: threading.ExceptHookArgs) -> None:
+    """Log an error that ended a thread."""
+    name = given.thread.name if given.thread is not None else "unknown"
+    logger.error("thread ended by an error", extra={"thread_name": name}, exc_info=given.exc_value)
 
 
 @contextmanager

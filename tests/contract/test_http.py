@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,14 @@ import pytest
 from flask.testing import FlaskClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from werkzeug.test import TestResponse
+from werkzeug.test import EnvironBuilder, TestResponse
 
 from app import create_app
-from musetalk.errors import MediaError, NoFaceError, OutOfMemoryError, UnavailableError
+from musetalk.errors import MediaError, NoFaceError, OutOfMemoryError, ShutdownError, UnavailableError
+from tests.support.fake_orchestrator import FakeOrchestrator
 from tests.support.results import a_result
 from tests.support.scripted_core import ScriptedCore
-from worker.readiness import Readiness
+from worker.readiness import Readiness, State
 from worker.web import openapi
 
 GOOD = {"musetalk_job_id": "job-1", "video_url": "https://host/a.mp4", "audio_url": "https://host/a.wav"}
@@ -137,6 +141,148 @@ def test_a_body_that_is_too_large_is_refused(client: FlaskClient, core: Scripted
     answer = client.post("/generate", data=b" " * (core.settings.max_body_bytes + 1))
     assert answer.status_code == 413
     assert body_of(answer)["status"] == "failed"
+    assert "musetalk_job_id" not in body_of(answer)
+
+
+@pytest.mark.parametrize("has_length", [True, False])
+def test_a_body_that_is_too_large_is_answered_with_its_id(client: FlaskClient, has_length: bool) -> None:
+    """For the queue this answer is the job's result, so it must say whose."""
+    body = json.dumps({**GOOD, "musetalk_job_id": 'a "job" ü', "extra": "x" * 11_000_000}).encode()
+    environ = EnvironBuilder("/generate", method="POST", data=body).get_environ()
+    if not has_length:
+        # As Gunicorn presents a chunked body.
+        del environ["CONTENT_LENGTH"]
+        environ["wsgi.input_terminated"] = True
+    answer = client.open(environ)
+    assert answer.status_code == 413
+    assert body_of(answer)["musetalk_job_id"] == 'a "job" ü'
+    assert "MAX_BODY_BYTES" in body_of(answer)["error_message"]
+
+
+def test_a_body_of_ten_megabytes_is_accepted(client: FlaskClient, core: ScriptedCore) -> None:
+    assert client.post("/generate", json={**GOOD, "extra": "x" * 10_000_000}).status_code == 200
+    assert len(core.jobs) == 1
+
+
+# -- reports about requests that are refused --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reporting(tmp_path: Path) -> Iterator[tuple[FlaskClient, FakeOrchestrator]]:
+    """A worker with an orchestrator."""
+    with FakeOrchestrator() as orchestrator:
+        core = ScriptedCore(tmp_path, ORCHESTRATOR_BASE_URL=orchestrator.url, INTERNAL_API_KEY="key", PLAYGROUND="1")
+        with create_app(core=core).test_client() as client:
+            yield client, orchestrator
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"audio_url": None}, 422),
+        ({"video_url": "no address"}, 422),
+        ({"params": {"batch_size": "many"}}, 422),
+        ({"params": []}, 422),
+        ({"extra": "x" * 11_000_000}, 413),
+    ],
+)
+def test_a_refused_request_with_an_id_is_reported_as_failed(
+    reporting: tuple[FlaskClient, FakeOrchestrator], fields: dict[str, Any], status: int
+) -> None:
+    """For the queue the job is done, and the orchestrator waited for it."""
+    client, orchestrator = reporting
+    answer = client.post("/generate", json={**GOOD, **fields})
+    assert answer.status_code == status
+    orchestrator.wait_for(lambda: orchestrator.of("progress", "job-1"))
+    (report,) = orchestrator.of("progress", "job-1")
+    assert (report.body["status"], report.body["phase"]) == ("failed", "failed")
+    assert body_of(answer)["error_message"] in report.body["error"]
+
+
+@pytest.mark.parametrize("job_id", [None, 7, "", " ", ".", "..", "a\x00b", "x" * 300])
+def test_a_refused_request_without_a_usable_id_is_reported_to_nobody(
+    reporting: tuple[FlaskClient, FakeOrchestrator], job_id: Any
+) -> None:
+    client, orchestrator = reporting
+    answer = client.post("/generate", json={"musetalk_job_id": job_id})
+    assert answer.status_code == 422
+    assert orchestrator.calls == []
+
+
+def test_no_answer_waits_for_an_orchestrator_that_is_silent(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        core = ScriptedCore(tmp_path, ORCHESTRATOR_BASE_URL=url, INTERNAL_API_KEY="key")
+        with create_app(core=core).test_client() as client:
+            for body, status in (({"musetalk_job_id": "job-1"}, 422), (GOOD, 200)):
+                begun = time.monotonic()
+                assert client.post("/generate", json=body).status_code == status
+                assert time.monotonic() - begun < 4
+
+
+# -- requests that wait instead of being refused ----------------------------------------------------------------------
+
+
+class Posted(threading.Thread):
+    """A request in a thread of its own."""
+
+    def __init__(self, core: ScriptedCore, body: Any = GOOD, **headers: str) -> None:
+        super().__init__(daemon=True)
+        self._client, self._body, self._headers = create_app(core=core).test_client(), body, headers
+        self._answer: TestResponse | None = None
+        self.start()
+
+    def run(self) -> None:
+        self._answer = self._client.post("/generate", json=self._body, headers=self._headers)
+
+    def status(self, limit_s: float = 10) -> int | None:
+        """Status of the answer; None when there is none within the limit."""
+        self.join(limit_s)
+        return self._answer.status_code if self._answer is not None else None
+
+
+@pytest.mark.parametrize(("then", "status"), [("ready", 200), ("busy", 503), ("failed", 503)])
+def test_a_job_that_arrives_while_the_models_load_waits_for_them(core: ScriptedCore, then: Any, status: int) -> None:
+    """Each 503 cost the job one of its four attempts, and all were gone in a second."""
+    core.state = Readiness("starting", None, "the models are loading")
+    core.outcome = a_result() if then == "ready" else UnavailableError("not now", state=then)
+    posted = Posted(core)
+    assert posted.status(0.5) is None
+    assert core.jobs == []
+    core.state = Readiness(then, "v15")
+    assert posted.status() == status
+
+
+def test_a_wrong_job_is_refused_at_once_also_while_the_models_load(core: ScriptedCore) -> None:
+    core.state = Readiness("starting", None, "the models are loading")
+    posted = Posted(core, {})
+    assert posted.status() == 422
+
+
+def test_the_wait_for_the_models_has_a_limit(tmp_path: Path) -> None:
+    for limit in ("0", "0.3"):
+        core = ScriptedCore(tmp_path, START_WAIT_SEC=limit)
+        core.state = Readiness("starting", None, "the models are loading")
+        core.outcome = UnavailableError("the models are loading", state="starting")
+        posted = Posted(core)
+        assert posted.status() == 503
+
+
+def test_a_job_that_arrives_while_the_worker_stops_gets_no_answer(core: ScriptedCore) -> None:
+    core.status.drain()
+    states: tuple[State, ...] = ("draining", "failed")
+    for state in states:
+        core.state = Readiness(state, "v15", "the reason")
+        assert Posted(core).status(0.5) is None
+    assert core.jobs == []
+
+
+def test_a_job_of_the_queue_that_the_stop_interrupted_gets_no_answer(core: ScriptedCore) -> None:
+    """Salad's queue sent the refused job to the same worker again at once, and counted another attempt."""
+    core.outcome = ShutdownError("the worker shut down before the job was finished")
+    from_queue, from_other = Posted(core, **{"Salad-Job-Id": "q-1"}), Posted(core)
+    assert from_other.status() == 503
+    assert from_queue.status(0.5) is None
 
 
 def test_results_are_served_and_nothing_beside_them(client: FlaskClient, core: ScriptedCore) -> None:
@@ -217,6 +363,79 @@ def test_what_a_proxy_on_this_machine_passes_on_is_not_from_this_machine(
     guarded: tuple[FlaskClient, ScriptedCore], header: str
 ) -> None:
     assert guarded[0].post("/generate", json=GOOD, headers={header: "127.0.0.1"}).status_code == 401
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "https://a]b", "", "//", "http://ℂ.example\u2100"])
+def test_an_origin_that_is_no_address_is_refused_without_a_trace(
+    guarded: tuple[FlaskClient, ScriptedCore], origin: str
+) -> None:
+    """Seen as 500 with a stack trace, before the key was asked for."""
+    for address in ("127.0.0.1", "203.0.113.9"):
+        headers = {"Origin": origin.encode("utf-8").decode("latin-1")}
+        answer = guarded[0].post("/generate", json=GOOD, headers=headers, environ_base={"REMOTE_ADDR": address})
+        assert answer.status_code == 403
+        assert "stack_trace" not in body_of(answer)
+    assert guarded[1].jobs == []
+
+
+REBOUND = [
+    *("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "2130706433", "a b", ""),
+]
+
+
+@pytest.mark.parametrize("host", REBOUND)
+@pytest.mark.parametrize("with_key", [False, True])
+def test_a_page_whose_name_leads_to_this_machine_is_refused(tmp_path: Path, host: str, with_key: bool) -> None:
+    """DNS rebinding: the page is local, its Origin is its Host, and it could post jobs and read the metrics."""
+    core = ScriptedCore(tmp_path, **({"INTERNAL_API_KEY": "the-key"} if with_key else {}))
+    with create_app(core=core).test_client() as client:
+        for method, path in (
+            ("POST", "/generate"),
+            ("GET", "/metrics"),
+            ("DELETE", "/generate/x"),
+            ("GET", "/nothing"),
+        ):
+            headers = {"Host": host, "Origin": f"http://{host}"}
+            for given in (headers, {"Host": host}):
+                answer = client.open(path, method=method, json=GOOD, headers=given)
+                assert answer.status_code == 403, (path, host)
+        assert client.get("/hc", headers={"Host": host}).status_code == 200
+    assert core.jobs == []
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LOCALHOST:8000",
+        "localhost.",
+        "127.0.0.1:8000",
+        "[::1]:8000",
+        "192.168.1.7",
+        "worker.lan",
+        "a.b.lan",
+    ],
+)
+def test_names_of_this_machine_and_those_of_the_setting_are_known(tmp_path: Path, host: str) -> None:
+    core = ScriptedCore(tmp_path, ALLOWED_HOSTS="worker.lan, *.b.lan", PUBLIC_BASE_URL="https://videos.example/x")
+    with create_app(core=core).test_client() as client:
+        for name in (host, socket.gethostname(), "videos.example"):
+            assert client.post("/generate", json=GOOD, headers={"Host": name}).status_code == 200
+
+
+def test_the_right_key_passes_under_every_name(guarded: tuple[FlaskClient, ScriptedCore]) -> None:
+    headers = {"Host": "proxy.example", "X-Internal-API-Key": "the-key"}
+    assert guarded[0].post("/generate", json=GOOD, headers=headers).status_code == 200
+    assert guarded[0].post("/generate", json=GOOD, headers={**headers, "X-Internal-API-Key": "x"}).status_code == 403
+
+
+def test_only_callers_who_are_known_get_a_trace(tmp_path: Path) -> None:
+    core = ScriptedCore(tmp_path)
+    core.outcome = KeyError("x")
+    with create_app(core=core).test_client() as client:
+        assert "stack_trace" in body_of(client.post("/generate", json=GOOD))
+        far = client.post("/generate", json=GOOD, environ_base={"REMOTE_ADDR": "203.0.113.9"})
+        assert (far.status_code, "stack_trace" in body_of(far)) == (500, False)
 
 
 def test_pages_of_other_sites_are_refused(client: FlaskClient, core: ScriptedCore) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 from flask.testing import FlaskClient
-from werkzeug.test import TestResponse
+from werkzeug.test import EnvironBuilder, TestResponse, run_wsgi_app
 
 from app import create_app
 from musetalk.errors import MediaError
@@ -20,6 +22,7 @@ from worker.job_control import JobProgress
 from worker.jobs import Job, JobResult
 from worker.readiness import Readiness
 from worker.web import openapi
+from worker.web.playground import MAX_UPLOADS
 
 
 class ReadingCore(ScriptedCore):
@@ -50,6 +53,12 @@ def send(
         if content is not None:
             data[name] = (io.BytesIO(content), f"{name}.bin")
     return client.post("/generate", data=data, content_type="multipart/form-data")
+
+
+def call(client: FlaskClient, environ: dict[str, Any]) -> tuple[int, Any]:
+    """Status and decoded body for exactly this environment; the client would build one of its own."""
+    body, status, _ = run_wsgi_app(client.application, environ, buffered=True)
+    return int(status.split()[0]), json.loads(b"".join(body))
 
 
 def failure(answer: TestResponse) -> Any:
@@ -141,8 +150,93 @@ def test_without_the_playground_there_is_no_page_and_no_upload(make: Any, tmp_pa
 
 def test_large_json_stays_refused_with_the_playground_on(make: Any) -> None:
     client, _ = make()
-    answer = client.post("/generate", data=b'{"a": "' + b"x" * 1_100_000 + b'"}', content_type="application/json")
+    answer = client.post("/generate", data=b'{"a": "' + b"x" * 11_000_000 + b'"}', content_type="application/json")
     assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "params", ["[" * 100_000, '{"a":' * 100_000, '{"box_smoothing": NaN}', '{"box_smoothing": 1e999}', "9" * 5000]
+)
+def test_parameters_that_no_parser_survives_are_refused_as_in_a_json_body(make: Any, params: str) -> None:
+    """Deep nesting in a form was an unknown error."""
+    client, core = make()
+    answer = send(client, params=params)
+    assert answer.status_code == 422
+    assert failure(answer)["details"]["field"] == "params"
+    assert core.jobs == []
+
+
+def test_a_form_that_is_refused_is_answered_with_its_id(make: Any) -> None:
+    client, _ = make(MAX_VIDEO_BYTES="100")
+    for fields in ({"params": "{"}, {"source": b"x" * 101}):
+        assert failure(send(client, musetalk_job_id="mine", **fields))["musetalk_job_id"] == "mine"
+
+
+def test_an_upload_without_a_length_is_refused(make: Any, tmp_path: Path) -> None:
+    client, core = make()
+    head = b'--cut\r\nContent-Disposition: form-data; name="source"; filename="a.mp4"\r\n\r\nx\r\n--cut--\r\n'
+    environ = EnvironBuilder("/generate", method="POST", data=head).get_environ()
+    del environ["CONTENT_LENGTH"]
+    environ.update({"CONTENT_TYPE": "multipart/form-data; boundary=cut", "wsgi.input_terminated": True})
+    status, body = call(client, environ)
+    assert status == 411
+    assert "Content-Length" in body["error_message"]
+    assert core.jobs == []
+    assert not (tmp_path / "work").exists()
+
+
+class SlowBody:
+    """A body that begins to arrive, and continues when the test allows it."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = io.BytesIO(content)
+        self.begun, self.may_continue = threading.Event(), threading.Event()
+
+    def read(self, size: int = -1) -> bytes:
+        self.begun.set()
+        assert self.may_continue.wait(30)
+        return self._content.read(size)
+
+
+def test_a_third_upload_at_once_is_refused_before_it_is_received(make: Any, tmp_path: Path) -> None:
+    """Ten unfinished uploads filled the disk."""
+    client, _ = make()
+    form = EnvironBuilder(method="POST", data={"source": (io.BytesIO(b"a"), "a"), "audio": (io.BytesIO(b"b"), "b")})
+    whole = form.get_environ()
+    body, kind = whole["wsgi.input"].read(), whole["CONTENT_TYPE"]
+    slow = [SlowBody(body) for _ in range(MAX_UPLOADS)]
+    answers: list[int] = []
+
+    def upload(stream: SlowBody) -> None:
+        environ = EnvironBuilder("/generate", method="POST", content_type=kind).get_environ()
+        environ.update({"wsgi.input": stream, "CONTENT_LENGTH": str(len(body))})
+        answers.append(call(client, environ)[0])
+
+    threads = [threading.Thread(target=upload, args=(stream,)) for stream in slow]
+    for thread, stream in zip(threads, slow, strict=True):
+        thread.start()
+        assert stream.begun.wait(10)
+    refused = send(client)
+    assert refused.status_code == 503
+    assert "other uploads" in failure(refused)["error_message"]
+    for stream in slow:
+        stream.may_continue.set()
+    for thread in threads:
+        thread.join()
+    assert answers == [422, 422]
+    assert "scripted" in failure(send(client))["error_message"]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_an_upload_that_the_disk_has_no_room_for_is_refused_before_it_is_received(make: Any, tmp_path: Path) -> None:
+    free_mb = shutil.disk_usage(tmp_path).free // 2**20
+    client, core = make(MIN_FREE_DISK_MB=str(free_mb + 100))
+    answer = send(client)
+    assert answer.status_code == 500
+    assert "too little room" in failure(answer)["error_message"]
+    assert failure(answer)["retryable"] is True
+    assert list((tmp_path / "work").iterdir()) == []
+    assert core.jobs == []
 
 
 @pytest.mark.parametrize("path", ["/", "/playground/page.js", "/playground/page.css", "/playground/demo/avatar.mp4"])

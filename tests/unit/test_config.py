@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from musetalk.errors import SettingsError
-from worker.config import ROOT, VARIABLES, Settings, bind_addresses, load_settings
+from worker.config import (
+    ROOT,
+    VARIABLES,
+    Settings,
+    bind_addresses,
+    exposure_problem,
+    load_settings,
+    port_problem,
+)
 
 
 def load(**environment: str) -> Settings:
@@ -118,10 +126,83 @@ def test_the_worker_has_one_name_by_the_rule_of_its_mode() -> None:
 
 
 def test_variables_of_the_older_worker_do_no_harm() -> None:
-    settings = load(USE_OPTIMIZED_INFERENCE="true", MUSETALK_WORKDIR="/app", PROVIDER="vast", WORKER_MODE="main")
+    settings = load(USE_OPTIMIZED_INFERENCE="true", MUSETALK_WORKDIR="/app", PROVIDER="vast")
     assert not settings.is_buffer_mode
     assert any("USE_OPTIMIZED_INFERENCE, MUSETALK_WORKDIR, PROVIDER" in warning for warning in settings.warnings)
-    assert any("'main'" in warning for warning in settings.warnings)
+
+
+@pytest.mark.parametrize("mode", ["bufer", "main", "queue,buffer", "0"])
+@pytest.mark.parametrize("more", [{}, {"BUFFER_WORKER_ID": "b-1"}])
+def test_an_unknown_mode_stops_the_start_and_lists_both(mode: str, more: dict[str, str]) -> None:
+    """Seen as a worker that claimed no job: `bufer` meant queue mode."""
+    with pytest.raises(SettingsError, match="WORKER_MODE must be one of queue, buffer"):
+        load(WORKER_MODE=mode, **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("BATCH_SIZ", "BATCH_SIZE"), ("batch_size", "BATCH_SIZE"), ("INTERNAL_KEY", "INTERNAL_API_KEY")],
+)
+def test_a_misspelt_name_in_the_file_is_named_with_the_nearest_setting(tmp_path: Path, name: str, nearest: str) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text(f"{name}=4\nWORKER_PORT=9000\nPROVIDER=vast\n", encoding="utf-8")
+    settings = load_settings({"SOMETHING_ELSE": "1"}, env_file=env_file)
+    (warning,) = [text for text in settings.warnings if ".env" in text]
+    assert warning.startswith(name)
+    assert f"did you mean {nearest}?" in warning
+
+
+def test_a_name_like_no_setting_is_named_alone(tmp_path: Path) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text("FAVOURITE_COLOUR=blue\n", encoding="utf-8")
+    (warning,) = load_settings({}, env_file=env_file).warnings
+    assert "FAVOURITE_COLOUR" in warning
+    assert "did you mean" not in warning
+
+
+def test_a_port_in_use_is_named_with_its_setting() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        problem = port_problem("127.0.0.1", port, patience_s=0.3)
+    assert problem is not None
+    assert str(port) in problem
+    assert "WORKER_PORT" in problem
+    assert port_problem("127.0.0.1", port, patience_s=0.3) is None
+
+
+def test_an_address_of_another_machine_is_named_with_its_setting() -> None:
+    problem = port_problem("203.0.113.7", 8000, patience_s=0)
+    assert problem is not None
+    assert "WORKER_HOST" in problem
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "is_open"),
+    [
+        ("::", "", True),
+        ("0.0.0.0", "", True),
+        ("192.168.1.7", "", True),
+        ("a.example", "", True),
+        ("::", "key", False),
+        ("127.0.0.1", "", False),
+        ("::1", "", False),
+        ("localhost", "", False),
+    ],
+)
+def test_a_server_open_to_others_without_a_key_is_a_loud_warning(host: str, key: str, is_open: bool) -> None:
+    problem = exposure_problem(load(INTERNAL_API_KEY=key), host)
+    assert (problem is not None) == is_open
+    if problem is not None:
+        assert "INTERNAL_API_KEY" in problem
+
+
+def test_the_host_is_everyone_under_gunicorn_unless_it_is_set() -> None:
+    assert load().listen_host == "::"
+    assert load(WORKER_HOST="127.0.0.1").listen_host == "127.0.0.1"
+
+
+def test_bodies_of_salad_fit_by_default() -> None:
+    assert load().max_body_bytes >= 10_000_000
 
 
 def test_a_key_from_a_file_loses_its_newline_and_none_may_hold_control_characters() -> None:

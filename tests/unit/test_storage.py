@@ -12,12 +12,13 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from b2sdk.v3.exception import B2SimpleError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from musetalk.errors import CancelledError, DeadlineError, DiskFullError, ProcessingError, SettingsError, StorageError
 from storage import LocalStore, LocalStoreSettings, open_store
-from worker.backblaze import B2Settings
+from worker.backblaze import B2Settings, B2Store
 from worker.config import load_settings
 from worker.stored import StoredObject, object_name
 
@@ -201,3 +202,31 @@ def test_a_sidecar_that_cannot_be_written_does_not_fail_the_upload(
     stored = store.upload(video, "job", endless, deadline_s=60)
     assert [path.name for path in store.folder.iterdir()] == [stored.name]
     assert "sidecar not stored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        "bad signature: hidden words of it",
+        'Invalid authorization token "hidden words of it"',
+        "authorizationToken='hidden'; retry",
+        "account token = hidden-words/of+it==",
+        "the value 4_hiddenwords was refused",
+        "not valid: 0012abcHIDDEN99",
+        "see https://host.example/file?Authorization=hidden",
+        "key id-of-the-key and its secret app-secret-of-the-key",
+    ],
+)
+def test_an_error_of_b2_that_quotes_a_token_is_logged_without_it(quoted: str) -> None:
+    """B2 repeats what it was sent in words of its own, which no list of our secrets contains."""
+    store = B2Store(B2Settings("id-of-the-key", "app-secret-of-the-key", "bucket"))
+    text = store._describe(B2SimpleError(quoted)).lower()
+    assert text.startswith("b2simpleerror")
+    for hidden in ("hidden", "words of it", "of-the-key"):
+        assert hidden not in text
+
+
+def test_an_error_of_b2_without_a_token_keeps_its_words() -> None:
+    store = B2Store(B2Settings("id-of-the-key", "app-secret-of-the-key", "bucket"))
+    text = store._describe(B2SimpleError("Cannot upload files, storage cap exceeded (403 cap_exceeded)"))
+    assert text.endswith("Cannot upload files, storage cap exceeded (403 cap_exceeded)")

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import threading
 
 import pytest
 
 from musetalk.errors import JobCancelledError, MediaError, ShutdownError
 from worker.jobs import STAGES
-from worker.telemetry import JsonFormatter, Metrics, StageClock, job_logging, redact_values
+from worker.telemetry import JsonFormatter, Metrics, StageClock, configure_logging, job_logging, redact_values
 
 
-def formatted(message: str, **extra: object) -> dict[str, object]:
-    record = logging.LogRecord("musetalk", logging.WARNING, __file__, 1, message, None, None)
+def refuse(name: str) -> object:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def formatted(message: str, *arguments: object, **extra: object) -> dict[str, object]:
+    record = logging.LogRecord("musetalk", logging.WARNING, __file__, 1, message, arguments, None)
     vars(record).update(extra)
     line = JsonFormatter().format(record)
-    assert "\n" not in line
-    entry = json.loads(line)
+    assert line.splitlines() == [line]
+    assert line.encode("ascii")
+    entry = json.loads(line, parse_constant=refuse)
     assert isinstance(entry, dict)
     return entry
 
@@ -84,6 +91,92 @@ def test_signatures_users_and_secrets_are_never_logged() -> None:
     for hidden in ("abc", "word", "very-secret-key", "X-Signature"):
         assert hidden not in text
     assert "https://host.example/a/b.mp4?..." in text
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+HOSTILE = [
+    'https://host.example/a?x="b"',
+    "https://host.example/a?x='b'&c=\\",
+    '"\\"\\\\',
+    "line\nbreak\r\u2028\x85\x00",
+    "half a pair \ud800",
+    "Zürich 日本",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_every_line_is_one_json_object_whatever_a_job_is_called(text: str) -> None:
+    """A job id like an address with quotes: the query was cut out of the finished line, with its closing quote."""
+    with job_logging(text):
+        entry = formatted(text, reason=text, more={text: [text, (text,)]}, error=ValueError(text))
+    assert isinstance(entry["job_id"], str)
+    assert set(entry) >= {"time", "severity", "message", "reason", "more", "error"}
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("-inf"), b"\xff", {1, 2}, {(1, 2): {3: object()}}, Unprintable(), 10**400]
+)
+def test_every_value_can_be_logged(value: object) -> None:
+    formatted("event", value=value, inside=[value])
+
+
+def test_a_text_and_arguments_that_do_not_fit_are_logged_all_the_same() -> None:
+    assert formatted("%d of %d", "three")["message"] == "%d of %d"
+
+
+def test_a_value_that_contains_itself_is_logged() -> None:
+    endless: dict[str, object] = {}
+    endless["again"] = endless
+    formatted("event", value=endless)
+
+
+@pytest.mark.parametrize(
+    "secret", ['quote"inside', "back\\slash", "tab\there", "ümlaut-key", "https://user.example/path?signed"]
+)
+def test_a_secret_that_json_would_escape_is_redacted(secret: str) -> None:
+    redact_values([secret])
+    entry = formatted(f"key {secret}.", value=secret, deep={"list": [f"x{secret}x"], secret: 1})
+    assert secret not in str(entry)
+    assert json.dumps(secret)[1:-1] not in json.dumps(entry)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'https://host.example/a?X-Signature=hidden"part"hidden',
+        "Authorization: Bearer hidden-1 was refused",
+        "bad request: token=hidden",
+        "{'authorizationToken': 'hidden words of it'}",
+        'api_key = "hidden words"',
+    ],
+)
+def test_a_value_that_its_name_calls_a_secret_is_redacted(text: str) -> None:
+    assert "hidden" not in str(formatted(text, reason=text))
+
+
+def test_an_error_that_ends_a_thread_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    hook, handlers = threading.excepthook, logging.getLogger().handlers[:]
+    threading.excepthook = threading.__excepthook__
+    stream = io.StringIO()
+    try:
+        configure_logging("info", stream)
+        thread = threading.Thread(target=fail, name="worn-out")
+        thread.start()
+        thread.join()
+    finally:
+        threading.excepthook = hook
+        logging.getLogger().handlers[:] = handlers
+        logging.captureWarnings(False)
+    (line,) = stream.getvalue().splitlines()
+    assert json.loads(line)["thread_name"] == "worn-out"
+    assert capsys.readouterr().err == ""
 
 
 def test_metrics_count_ends_by_result_and_stage() -> None:

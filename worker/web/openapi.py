@@ -129,7 +129,8 @@ def health_schema() -> Json:
         "properties": {
             "status": {"enum": ["ok", "starting", "failed", "draining"]},
             "model": {"type": ["string", "null"]},
-            "busy": {"type": "boolean"},
+            "busy": {"type": "boolean", "description": "With draining: the answer of the last job is not sent yet."},
+            "delivering": {"type": "boolean", "description": "A job was answered within the last second."},
             "reason": {"type": ["string", "null"]},
         },
     }
@@ -175,15 +176,17 @@ def _generate() -> Json:
             "200": _json("The video is stored", _ref("Result")),
             **_failures(
                 (401, "The key is missing or wrong"),
-                (403, "The request comes from a page of another site"),
+                (403, "The request comes from a page of another site, or names the server in an unknown way"),
+                (408, "The body did not arrive in time"),
                 (409, "The job was cancelled"),
+                (411, "The upload has no length"),
                 (413, "The body is too large"),
                 (422, "The request or its media caused the error; a retry would fail again"),
                 (
                     500,
                     "Caused by the worker or something it depends on; `retryable` says if a retry can help",
                 ),
-                (503, "Busy, starting or shutting down"),
+                (503, "Busy, or not able to run any job"),
             ),
         },
     }

@@ -6,21 +6,23 @@ Knows Flask and jobs, no torch and no media.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
+import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from flask import Blueprint, Flask, Request, Response, current_app, request, send_from_directory
 from werkzeug.datastructures import FileStorage
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import LengthRequired, RequestEntityTooLarge
 
-from musetalk.errors import RequestError
+from musetalk.errors import DiskFullError, RequestError, UnavailableError
 from worker.config import ROOT, Settings
 from worker.jobs import Job, parse_upload
+from worker.web.bodies import decode_json
 from worker.work_dir import WORK_PREFIX
 
 _PAGE = Path(__file__).resolve().parent / "page"
@@ -36,6 +38,9 @@ _FORM = "multipart/form-data"
 _FORM_BYTES = 1_000_000
 # Two files and a few text fields.
 _MAX_PARTS = 8
+# Uploads that may arrive at once: one for the next job, one more for a second person at the page.
+MAX_UPLOADS = 2
+_MIB = 2**20
 
 blueprint = Blueprint("playground", __name__)
 
@@ -72,9 +77,60 @@ class UploadRequest(Request):
         return file
 
 
+class UploadRoom:
+    """The room for uploads that are arriving: their number, and the bytes that are promised to them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._folder, self._reserve_bytes = settings.work_dir, settings.min_free_disk_mb * _MIB
+        self._changed = threading.Lock()
+        self._n_uploads = self._n_bytes = 0
+
+    @contextmanager
+    def reserve(self, n_bytes: int) -> Iterator[None]:
+        """Keep room for an upload of `n_bytes` inside the block.
+
+        Raises UnavailableError while others arrive, DiskFullError when the folder has too little room.
+        """
+        with self._changed:
+            if self._n_uploads >= MAX_UPLOADS:
+                raise UnavailableError("the worker is busy with other uploads", state="busy")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self._folder).free < self._n_bytes + n_bytes + self._reserve_bytes:
+                raise DiskFullError("the disk has too little room for this upload", kind="disk", needed_bytes=n_bytes)
+            self._n_uploads += 1
+            self._n_bytes += n_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._n_uploads -= 1
+                self._n_bytes -= n_bytes
+
+
+@contextmanager
+def receiving(given: Request) -> Iterator[None]:
+    """Room and time for the files of a form, inside the block.
+
+    Raises LengthRequired for a form of unknown size, RequestEntityTooLarge for one beyond the limits, UnavailableError
+    and DiskFullError where there is no room.
+    """
+    assert isinstance(given, UploadRequest)
+    if given.content_length is None:
+        raise LengthRequired("an upload needs Content-Length")
+    if given.content_length > (given.max_content_length or 0):
+        raise RequestEntityTooLarge(f"the upload is larger than {given.max_content_length} bytes")
+    room = current_app.extensions["playground"]
+    assert isinstance(room, UploadRoom)
+    with room.reserve(given.content_length):
+        # Only the server under Gunicorn has a limit for the whole body.
+        if (connection := given.environ.get("musetalk.connection")) is not None:
+            connection.allow_body(given.settings.upload_receive_timeout_s)
+        yield
+
+
 def register(app: Flask) -> None:
     """Serve the page and accept uploads."""
-    app.extensions["playground"] = True
+    app.extensions["playground"] = UploadRoom(app.extensions["core"].settings)
     app.register_blueprint(blueprint)
     app.teardown_request(_remove_uploads)
 
@@ -97,6 +153,8 @@ def uploaded_job(given: Request) -> Job:
     """
     assert isinstance(given, UploadRequest)
     settings, form = given.settings, given.form
+    # Also for the answer to a form that is refused below.
+    given.environ["musetalk.job_id"] = job_id = form.get("musetalk_job_id") or f"upload-{uuid.uuid4()}"
     paths: dict[str, Path] = {}
     for name, limit in (("source", settings.max_video_bytes), ("audio", settings.max_audio_bytes)):
         file = given.files.get(name)
@@ -105,7 +163,7 @@ def uploaded_job(given: Request) -> Job:
         paths[name] = _path_of(file, name, limit)
     return parse_upload(
         {
-            "musetalk_job_id": form.get("musetalk_job_id") or f"upload-{uuid.uuid4()}",
+            "musetalk_job_id": job_id,
             "aspect_ratio": form.get("aspect_ratio"),
             "resolution": form.get("resolution"),
             "params": _params(form),
@@ -126,7 +184,7 @@ def _path_of(file: FileStorage, name: str, limit: int) -> Path:
 
 def _params(form: Mapping[str, str]) -> object:
     try:
-        return json.loads(form.get("params") or "{}")
+        return decode_json(form.get("params") or "{}")
     except ValueError:
         raise RequestError("params must be JSON", field="params") from None
 
