@@ -19,7 +19,7 @@ import requests
 
 from musetalk import media
 from tests.support.rendering import FACE, make_audio, make_source
-from tests.support.server import START_LIMIT_S, Server, wait_until
+from tests.support.server import OWN_COMMAND, START_LIMIT_S, Server, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Itera
     folder = tmp_path_factory.mktemp("service")
     (folder / "work" / "job-left-behind").mkdir(parents=True)
     (folder / "work" / "of-somebody-else").mkdir()
-    server = Server(folder, tiny_models)
+    server = Server(folder, tiny_models, command=OWN_COMMAND)
     make_source(folder / "media/source.mp4", 10)
     make_audio(folder / "media/audio.wav", 0.6)
     make_audio(folder / "media/long.wav", 8)

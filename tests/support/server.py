@@ -15,8 +15,11 @@ from typing import Any
 
 import requests
 
+from tests.support.warm_start import WarmProcess
+
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 120
+OWN_COMMAND = [sys.executable, "-m", "gunicorn", "--config", str(ROOT / "gunicorn.conf.py")]
 
 
 def wait_until(condition: Callable[[], object], limit_s: float = 120) -> None:
@@ -41,7 +44,10 @@ class Server:
         command: Sequence[str] | None = None,
         **environment: str,
     ) -> None:
-        """`faulty` runs the same worker with deliberate faults (`faulty.conf.py`), commanded in `folder/faults`."""
+        """`faulty` runs the same worker with deliberate faults (`faulty.conf.py`), commanded in `folder/faults`.
+
+        Without a `command` the large libraries are imported already; `OWN_COMMAND` starts it as an operator does.
+        """
         host = environment.get("WORKER_HOST", "127.0.0.1")
         # Kept bound while the server runs, without listening: Linux lets the server bind the port too (both set
         # SO_REUSEADDR), and no other process is given it.
@@ -78,15 +84,19 @@ class Server:
         self.faults = folder / "faults"
         self.faults.mkdir(exist_ok=True)
         configuration = ROOT / "tests/support/faulty.conf.py" if faulty else ROOT / "gunicorn.conf.py"
-        command = command or [sys.executable, "-m", "gunicorn", "--config", str(configuration)]
+        arguments = ["-m", "gunicorn", "--config", str(configuration)]
         self.log = self.log_path.open("wb")
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=variables,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-        )
+        self.process: subprocess.Popen[bytes] | WarmProcess
+        if command is None:
+            self.process = WarmProcess(arguments, cwd=ROOT, env=variables, stdout=self.log.fileno())
+        else:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=variables,
+                stdout=self.log,
+                stderr=subprocess.STDOUT,
+            )
 
     def health(self) -> tuple[int, dict[str, Any]]:
         answer = requests.get(f"{self.url}/hc", timeout=30)
@@ -157,4 +167,5 @@ class Server:
                 self.process.wait()
         self.log.close()
         self.reservation.close()
+        assert self.process.returncode is not None
         return self.process.returncode
