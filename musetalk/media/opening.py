@@ -7,7 +7,6 @@ of them: a playlist or script that names other files or hosts is refused before 
 from __future__ import annotations
 
 import errno
-import io
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -94,14 +93,17 @@ def open_container(
     """
     options = {
         "format_whitelist": ",".join(CONTAINERS),
-        "protocol_whitelist": "file",
+        "protocol_whitelist": "file" if span is None else "file,subfile",
         "max_pixels": str(limits.max_pixels),
     }
     with ffmpeg_errors(what):
         try:
             # The prefix keeps a name such as "concat:a|b" from being read as a protocol.
+            address = f"file:{os.path.abspath(path)}"
+            if span is not None:
+                address = f"subfile,,start,{span[0]},end,{span[1]},,:{address}"
             container = av.open(
-                f"file:{os.path.abspath(path)}" if span is None else _part(path, *span),
+                address,
                 options=options,
                 timeout=(limits.open_timeout_s, limits.read_timeout_s),
                 **_METADATA,
@@ -115,12 +117,6 @@ def open_container(
             yield container
         finally:
             container.close()
-
-
-def _part(path: Path, start: int, end: int) -> io.BytesIO:
-    with path.open("rb") as file:
-        file.seek(start)
-        return io.BytesIO(file.read(end - start))
 
 
 @contextmanager
