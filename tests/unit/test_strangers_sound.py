@@ -281,8 +281,10 @@ def test_a_joined_wav_whose_end_is_missing_names_both_lengths(tmp_path: Path) ->
     whole = pcm_wav(tone(1.0, 24_000)[None], 24_000)
     (tmp_path / "a.wav").write_bytes(whole + whole[: len(whole) // 4])
     waveform, warnings = heard(tmp_path / "a.wav")
-    assert len(waveform) / 16_000 == pytest.approx(1.25, abs=0.01)
-    assert "promises 2.00 s, 1.25 s" in warnings[0]
+    seconds = len(waveform) / 16_000
+    # Older releases of FFmpeg drop the last packet (of 4096 bytes) where it is cut.
+    assert 1.25 - 4096 / 48_000 <= seconds <= 1.25
+    assert f"promises 2.00 s, {seconds:.2f} s" in warnings[0]
 
 
 JOINED = {
