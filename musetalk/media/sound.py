@@ -128,8 +128,10 @@ def _all_parts(path: Path, limits: MediaLimits, on_warning: OnWarning) -> Iterat
             played += length
         share = claimed_share(path, span)
         if share > 1:
-            # FFmpeg's length is that of the bytes that are there.
-            promised[-1] = length * Fraction(share)
+            # FFmpeg's length is that of the bytes that are there, but for ASF, where it is a guess.
+            there = promised[-1]
+            is_near = there is not None and abs(there - length) < MISSING_S
+            promised[-1] = (there if there is not None and is_near else length) * Fraction(share)
     health.check()
     total = None if None in promised else sum(filter(None, promised), Fraction(0))
     for warning in health.warnings(total, played):
