@@ -126,7 +126,9 @@ def _run_with_progress(core: Core, job: Job) -> JobResult:
     A refusal because of another job is not this job's outcome and is not reported.
     """
     with closing(Orchestrator(orchestrator_settings(core.settings))) as orchestrator:
-        sender = ProgressSender(orchestrator, job.job_id, on_cancel=core.cancel)
+        sender = ProgressSender(
+            orchestrator, job.job_id, on_cancel=core.cancel, on_error=core.supervisor.restart_pause_s
+        )
         try:
             result = core.run_job(job, on_progress=sender)
         except UnavailableError:

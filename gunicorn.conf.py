@@ -55,6 +55,8 @@ logconfig_dict = {
 
 # The parent sends this to the worker after a second SIGTERM.
 _ABORT = signal.SIGUSR2
+# An idle worker ends within five seconds, also when the orchestrator is away.
+LAST_PROGRESS_S = 3.0
 
 
 def when_ready(server: Any) -> None:
@@ -84,19 +86,7 @@ def post_fork(_server: Any, _worker: Any) -> None:
     import poller
     from musetalk_core import shared_core
 
-    core = shared_core()
-    missing = [
-        name
-        for name, value in (
-            ("ORCHESTRATOR_BASE_URL", _settings.orchestrator_url or _settings.buffer_orchestrator_url),
-            ("INTERNAL_API_KEY", _settings.internal_api_key),
-        )
-        if not value
-    ]
-    if missing:
-        core.status.fail(f"buffer mode needs {' and '.join(missing)}")
-        return
-    poller.start(core)
+    poller.start(shared_core())
 
 
 def post_worker_init(_worker: Any) -> None:
@@ -121,7 +111,10 @@ def post_worker_init(_worker: Any) -> None:
 def worker_exit(_server: Any, _worker: Any) -> None:
     """Wait for the claim loop: the lifecycle stops its running job in time, its last report is sent here."""
     from poller import running
+    from worker.orchestrator import wait_for_last_reports
 
+    # The answers of queue mode do not wait for these.
+    wait_for_last_reports(LAST_PROGRESS_S)
     loop = running()
     if loop is None:
         return
