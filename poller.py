@@ -97,6 +97,8 @@ class Heartbeat(Loop):
         self.last_accepted: float | None = None
         # Called when heartbeats are accepted again.
         self.on_accepted: Callable[[], None] = lambda: None
+        # Why outcomes cannot be stored; said also by a worker that shuts down.
+        self.storage_problem: Callable[[], str | None] = lambda: None
 
     @property
     def is_accepted(self) -> bool:
@@ -135,6 +137,7 @@ class Heartbeat(Loop):
         error = self._error
         if not readiness.is_healthy and readiness.reason:
             error = readiness.reason
+        error = self.storage_problem() or error
         reply = self._orchestrator.heartbeat("busy" if self._core.is_busy else "idle", error)
         for name in cancelled_jobs(reply):
             self._core.cancel(name)
@@ -252,6 +255,7 @@ class Poller:
             connect(settings), self.outbox, core.supervisor, self.heartbeat.note, clock=self._clock
         )
         self.heartbeat.on_accepted = self.sender.open
+        self.heartbeat.storage_problem = lambda: self.outbox.problem
         self._loop = Loop("poller", self._round, core.supervisor, last=self.end)
         self._poll_interval_s = poll_interval_s
         self._claim_backoff = Backoff()
