@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from flask import Flask, Response, current_app, jsonify, request, send_from_directory
@@ -39,8 +38,6 @@ from worker.web.holding import CallerGoneError, Deliveries, wait_while
 MAX_WAITING = 6
 # Reports about refused requests that may be on their way at once.
 MAX_REFUSAL_REPORTS = 4
-# The longest that an answer waits for its report.
-REPORT_S = 2.0
 
 
 def create_app(core: Core | None = None, *, with_playground: bool = False) -> Flask:
@@ -195,39 +192,22 @@ def _run_with_progress(core: Core, job: Job) -> JobResult:
     The caller is Salad's binary, which discards the body of a 5xx, so the reason of a failure is reported here as well.
     A refusal because of another job is not this job's outcome and is not reported.
     """
-    orchestrator = Orchestrator(orchestrator_settings(core.settings))
-    sender = ProgressSender(orchestrator, job.job_id, on_cancel=core.cancel)
+    sender = ProgressSender(
+        Orchestrator(orchestrator_settings(core.settings)),
+        job.job_id,
+        on_cancel=core.cancel,
+        on_error=core.supervisor.restart_pause_s,
+    )
     try:
         result = core.run_job(job, on_progress=sender)
     except UnavailableError:
         sender.close()
-        orchestrator.close()
         raise
     except Exception as error:
-        _report(orchestrator, sender, failed_update(error_body(error, job_id=job.job_id)[1]))
+        sender.finish(failed_update(error_body(error, job_id=job.job_id)[1]))
         raise
-    _report(orchestrator, sender, completed_update(result))
+    sender.finish(completed_update(result))
     return result
-
-
-def _report(
-    orchestrator: Orchestrator,
-    sender: ProgressSender,
-    update: Mapping[str, object],
-    done: Callable[[], None] = lambda: None,
-) -> None:
-    """Send the last report of a job; the answer waits REPORT_S at most, the report continues behind it."""
-
-    def send() -> None:
-        try:
-            sender.finish(update)
-        finally:
-            orchestrator.close()
-            done()
-
-    report = threading.Thread(target=send, name="last-report", daemon=True)
-    report.start()
-    report.join(REPORT_S)
 
 
 def _report_refusal(core: Core, error: MuseTalkError) -> None:
@@ -243,9 +223,8 @@ def _report_refusal(core: Core, error: MuseTalkError) -> None:
         logger.warning("refused request not reported; too many reports are on their way")
         return
     error.stage = error.stage or "validation"
-    orchestrator = Orchestrator(orchestrator_settings(settings))
-    update = failed_update(error_body(error, job_id=job_id)[1])
-    _report(orchestrator, ProgressSender(orchestrator, job_id), update, places.release)
+    sender = ProgressSender(Orchestrator(orchestrator_settings(settings)), job_id, on_end=places.release)
+    sender.finish(failed_update(error_body(error, job_id=job_id)[1]))
 
 
 def _is_reportable(job_id: str) -> bool:

@@ -55,6 +55,8 @@ logconfig_dict = {
 
 # The parent sends this to the worker after a second SIGTERM.
 _ABORT = signal.SIGUSR2
+# An idle worker ends within five seconds, also when the orchestrator is away.
+LAST_PROGRESS_S = 3.0
 # run_worker.sh passes on a signal that the process group has received as well; within this time the two are one.
 _PASSED_ON_S = 2.0
 _is_started_by_script = is_started_by_script()
@@ -101,19 +103,7 @@ def post_fork(_server: Any, _worker: Any) -> None:
     import poller
     from musetalk_core import shared_core
 
-    core = shared_core()
-    missing = [
-        name
-        for name, value in (
-            ("ORCHESTRATOR_BASE_URL", _settings.orchestrator_url or _settings.buffer_orchestrator_url),
-            ("INTERNAL_API_KEY", _settings.internal_api_key),
-        )
-        if not value
-    ]
-    if missing:
-        core.status.fail(f"buffer mode needs {' and '.join(missing)}")
-        return
-    poller.start(core)
+    poller.start(shared_core())
 
 
 def post_worker_init(worker: Any) -> None:
@@ -145,7 +135,10 @@ def post_worker_init(worker: Any) -> None:
 def worker_exit(_server: Any, _worker: Any) -> None:
     """Wait for the claim loop: the lifecycle stops its running job in time, its last report is sent here."""
     from poller import running
+    from worker.orchestrator import wait_for_last_reports
 
+    # The answers of queue mode do not wait for these.
+    wait_for_last_reports(LAST_PROGRESS_S)
     loop = running()
     if loop is None:
         return

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from musetalk.errors import GpuLostError, UnavailableError
+from musetalk.errors import GpuLostError, MuseTalkError, UnavailableError
 from storage import open_store
 from worker.config import Settings, load_settings
 from worker.engine import Engine, EngineLoader, Rendered
 from worker.inputs import JobFiles, fetch_inputs
 from worker.job_control import JobControl, JobProgress, OnProgress, ResultCache, RunningJob, StopReason
 from worker.jobs import Job, JobParams, JobResult, RenderedJob, Stage, sidecar_body
-from worker.machine import check_room, release_memory
+from worker.machine import check_room, folder_problem, release_memory
 from worker.readiness import Readiness, State, WorkerStatus
 from worker.stored import Store
+from worker.supervision import Supervisor
 from worker.telemetry import (
     Metrics,
     configure_logging,
@@ -57,6 +59,7 @@ class Core:
         self.settings = settings
         self.metrics = Metrics()
         self.status = WorkerStatus()
+        self.supervisor = Supervisor(self.status, self.metrics.count_restart, is_busy=lambda: self.is_busy)
         self.work_dir = WorkDir(settings.work_dir)
         self._store = store or open_store(settings)
         # One job at a time: two would share the GPU's memory and both would be slower.
@@ -79,28 +82,40 @@ class Core:
         """
         try:
             self.engine = self._loader.load()
-        except Exception as error:
+        except MuseTalkError as error:
             self.status.fail(str(error))
             raise
         # Loading copies the weights through the CPU, and in the file's precision before ours.
         release_memory()
 
     def start_loading(self) -> threading.Thread:
-        """Call `load` in a thread, so that the server can answer "starting" meanwhile; a failure is logged and kept."""
+        """Call `load` in a thread, so that the server can answer "starting" meanwhile; a failure is logged and kept.
+
+        After an unforeseen error the loading begins again.
+        """
 
         def run() -> None:
-            try:
-                self.work_dir.take()
-                # Before gigabytes are fetched for a worker that could store nothing.
-                self._store.check()
-                self.load()
-            except Exception as error:  # noqa: BLE001 - the thread has no caller; readiness reports the error
-                self.status.fail(str(error))
-                logger.error("startup failed", extra={"reason": str(error)})
+            while True:
+                try:
+                    self._prepare()
+                    return
+                except MuseTalkError as error:
+                    self.status.fail(str(error))
+                    logger.error("startup failed", extra={"reason": str(error)})
+                    return
+                except Exception as error:  # noqa: BLE001 - the thread has no caller; the supervisor counts
+                    time.sleep(self.supervisor.restart_pause_s("model-loader", error))
 
         thread = threading.Thread(target=run, name="model-loader", daemon=True)
         thread.start()
         return thread
+
+    def _prepare(self) -> None:
+        """Make the worker ready: its folder, its store, its models."""
+        self.work_dir.take(lambda: folder_problem(self.settings.work_dir, "WORK_DIR", self.settings.min_free_disk_mb))
+        # Before gigabytes are fetched for a worker that could store nothing.
+        self._store.check()
+        self.load()
 
     @property
     def engine(self) -> Engine:

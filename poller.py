@@ -5,22 +5,18 @@ Gunicorn's post_fork hook calls `start`. Knows the core and the orchestrator; no
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from musetalk.errors import RequestError, UnavailableError
-from musetalk.files import replacing
+from musetalk.errors import ProcessingError, RequestError, UnavailableError
 from musetalk_core import Core
-from worker.jobs import Job, JobResult, error_body, parse_job
+from worker.clock import Backoff, Clock
+from worker.jobs import Job, JobResult, check_id, error_body, parse_job
 from worker.orchestrator import (
     Orchestrator,
     OrchestratorSettings,
@@ -30,86 +26,79 @@ from worker.orchestrator import (
     claimed_job,
     error_text,
     failed_report,
+    is_reportable,
     orchestrator_settings,
     succeeded_report,
 )
+from worker.outbox import Entry, Outbox, Outcome
+from worker.readiness import Readiness
+from worker.records import Disk, WorkDisk, error_reason, printable
+from worker.supervision import Loop, Supervisor
 from worker.telemetry import job_logging, logger
+from worker.work_dir import WorkDir
 
 HEARTBEAT_S = 10.0
-MAX_BACKOFF_S = 60.0
-# An outcome that the orchestrator has not accepted after this time is dropped.
-REPORT_LIFETIME_S = 24 * 3600.0
 # Outcomes that are remembered, for jobs that the orchestrator hands out again.
 REMEMBERED_OUTCOMES = 200
+# Pause before a worker that may not claim looks again.
+NOT_READY_S = 0.5
+NO_ROOM_S = 1.0
+# A claim waits this long for the report of the job before.
+FIRST_REPORT_S = 2.0
+# At the end of the process: for the report under way, and for those that were never sent.
+LAST_REPORT_S = 9.0
+LAST_HEARTBEAT_S = 1.0
+# The outcome of a job that an earlier process left without one.
+_ORPHAN = {
+    "error_type": "processing_error",
+    "stage": "unknown",
+    "error_message": "the worker process was killed while it ran this job",
+    "retryable": True,
+}
 
 
-class Backoff:
-    """Pauses after failures: 1, 2, 4 .. 60 s, with jitter so that a fleet does not retry in step."""
+class JobCore(Protocol):
+    """The core, as far as the claim loop concerns it."""
 
-    def __init__(self, longest_s: float = MAX_BACKOFF_S) -> None:
-        self._longest_s = longest_s
-        self._failures = 0
+    @property
+    def readiness(self) -> Readiness:
+        """A snapshot of the worker's state."""
 
-    def reset(self) -> None:
-        """Start again at one second, after a success."""
-        self._failures = 0
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job runs right now."""
 
-    def next_s(self, retry_after_s: float | None = None) -> float:
-        """Return the pause after another failure, in seconds; a longer Retry-After of the server counts."""
-        pause = min(self._longest_s, 2.0 ** min(self._failures, 10))
-        self._failures += 1
-        pause *= random.uniform(0.75, 1.0)  # noqa: S311 - spreads load, hides nothing
-        return min(self._longest_s, max(pause, retry_after_s or 0.0))
+    @property
+    def work_dir(self) -> WorkDir:
+        """The folder of this worker."""
 
+    @property
+    def supervisor(self) -> Supervisor:
+        """Who counts unforeseen errors."""
 
-@dataclass(frozen=True)
-class Report:
-    """The outcome of a job on its way to the orchestrator."""
+    def cancel(self, job_id: str) -> bool:
+        """Stop the running job if `job_id` is one of its ids."""
 
-    buffer_job_id: str
-    body: Mapping[str, object]
-    created: float  # seconds since the epoch, because the report outlives the process
+    def run_job(self, job: Job, *, on_progress: Callable[[Any, int, int], None]) -> JobResult:
+        """Run a whole job."""
 
 
-class Outbox:
-    """Reports that were not accepted yet, one small file each, so that a restart loses none."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def put(self, report: Report) -> Path:
-        """Store a report; a later one about the same job replaces it. Raises OSError when the disk is full."""
-        path = self._folder / f"{hashlib.sha256(report.buffer_job_id.encode()).hexdigest()[:32]}.json"
-        text = json.dumps({"id": report.buffer_job_id, "body": dict(report.body), "created": report.created})
-        with replacing(path) as part:
-            part.write_text(text, encoding="utf-8")
-        return path
-
-    def reports(self) -> list[tuple[Path, Report]]:
-        """Read all stored reports, oldest first; unreadable files are removed and logged."""
-        found: list[tuple[Path, Report]] = []
-        for path in self._folder.glob("*.json"):
-            try:
-                plain = json.loads(path.read_text(encoding="utf-8"))
-                found.append((path, Report(str(plain["id"]), dict(plain["body"]), float(plain["created"]))))
-            except (OSError, ValueError, KeyError, TypeError):
-                logger.error("stored report unreadable; dropped", extra={"file": path.name})
-                path.unlink(missing_ok=True)
-        return sorted(found, key=lambda pair: pair[1].created)
-
-
-class Heartbeat(threading.Thread):
+class Heartbeat(Loop):
     """Report every ten seconds that the worker is alive, whatever the job does; takes no lock that a job holds."""
 
-    def __init__(self, orchestrator: Orchestrator, core: Core, interval_s: float = HEARTBEAT_S) -> None:
-        super().__init__(name="heartbeat", daemon=True)
+    def __init__(
+        self, orchestrator: Orchestrator, core: JobCore, interval_s: float = HEARTBEAT_S, clock: Clock | None = None
+    ) -> None:
+        super().__init__("heartbeat", self.step, core.supervisor, last=self._end)
         self._orchestrator, self._core, self._interval_s = orchestrator, core, interval_s
-        self._wake = threading.Event()
-        self._stopping = threading.Event()
+        self._clock = clock or Clock()
         self._error: str | None = None
         self._was_accepted: bool | None = None
         self.last_accepted: float | None = None
+        # Called when heartbeats are accepted again.
+        self.on_accepted: Callable[[], None] = lambda: None
+        # Why outcomes cannot be stored; said also by a worker that shuts down.
+        self.storage_problem: Callable[[], str | None] = lambda: None
 
     @property
     def is_accepted(self) -> bool:
@@ -119,33 +108,28 @@ class Heartbeat(threading.Thread):
     @property
     def age_s(self) -> float:
         """Seconds since a heartbeat was last accepted; infinite before the first."""
-        return math.inf if self.last_accepted is None else time.monotonic() - self.last_accepted
+        return math.inf if self.last_accepted is None else self._clock.monotonic() - self.last_accepted
+
+    def note(self, error: str) -> None:
+        """Send `error` with the next heartbeat."""
+        self._error = error
 
     def send_now(self, error: str | None = None) -> None:
         """Send a heartbeat without waiting for its turn: a job began or ended, or an error occurred."""
         if error is not None:
-            self._error = error
-        self._wake.set()
+            self.note(error)
+        self.wake()
 
-    def stop(self) -> None:
-        """Send a last heartbeat and end the thread."""
-        self._stopping.set()
-        self._wake.set()
+    def step(self) -> float:
+        """Send a heartbeat; return the pause before the next one, in seconds."""
+        # Counted from the start, so that a slow call does not lengthen the gap.
+        next_s = self._clock.monotonic() + self._interval_s
+        self.beat()
+        return max(0.0, next_s - self._clock.monotonic())
 
-    def run(self) -> None:
-        """Send heartbeats until stopped."""
-        next_s = time.monotonic()
-        while True:
-            stopping = self._stopping.is_set()
-            self.beat()
-            if stopping:
-                self._orchestrator.close()
-                return
-            # Counted from the last start, so that a slow call does not lengthen the gap.
-            next_s = max(next_s + self._interval_s, time.monotonic())
-            if self._wake.wait(max(0.0, next_s - time.monotonic())):
-                next_s = time.monotonic()
-            self._wake.clear()
+    def _end(self) -> None:
+        self.beat()
+        self._orchestrator.close()
 
     def beat(self) -> Reply:
         """Send one heartbeat with the state of this moment."""
@@ -153,19 +137,94 @@ class Heartbeat(threading.Thread):
         error = self._error
         if not readiness.is_healthy and readiness.reason:
             error = readiness.reason
+        error = self.storage_problem() or error
         reply = self._orchestrator.heartbeat("busy" if self._core.is_busy else "idle", error)
         for name in cancelled_jobs(reply):
             self._core.cancel(name)
         if reply.is_accepted:
-            self.last_accepted = time.monotonic()
+            self.last_accepted = self._clock.monotonic()
             if self._error == error:
                 self._error = None
-        if reply.is_accepted != self._was_accepted:
+        was_accepted, self._was_accepted = self._was_accepted, reply.is_accepted
+        if reply.is_accepted != was_accepted:
             level = 20 if reply.is_accepted else 40
             logger.log(level, "heartbeat accepted" if reply.is_accepted else "heartbeat rejected",
                        extra={} if reply.is_accepted else {"reason": reply.describe()})  # fmt: skip
-        self._was_accepted = reply.is_accepted
+            if reply.is_accepted:
+                self.on_accepted()
         return reply
+
+
+class OutcomeSender(Loop):
+    """Report stored outcomes from a thread of its own: new ones first, each of the others in its own time."""
+
+    def __init__(
+        self,
+        orchestrator: Orchestrator,
+        outbox: Outbox,
+        supervisor: Supervisor,
+        on_problem: Callable[[str], None],
+        clock: Clock | None = None,
+    ) -> None:
+        """`on_problem(text)` is called when a report was not accepted."""
+        super().__init__("outcome-sender", self.step, supervisor)
+        self._orchestrator, self._outbox, self._on_problem = orchestrator, outbox, on_problem
+        self._clock = clock or Clock()
+        self._backoff = Backoff()
+        # Until then only new outcomes are tried, so that an orchestrator that is away is not asked 20,000 times.
+        self._closed_until = 0.0
+
+    def step(self) -> float:
+        """Report one outcome if one is due; return the pause before the next, in seconds."""
+        closed_s = self._closed_until - self._clock.monotonic()
+        found = self._outbox.next_outcome(only_fresh=closed_s > 0)
+        if found is None:
+            return max(closed_s, min(self._outbox.next_due_s(), HEARTBEAT_S))
+        self._send(*found)
+        return 0.0
+
+    def open(self) -> None:
+        """Try the stored outcomes again now: the orchestrator is back."""
+        self._backoff.reset()
+        self._closed_until = 0.0
+        self.wake()
+
+    def finish(self, limit_s: float) -> None:
+        """After `stop`: report what was never sent and what is due, until one fails or `limit_s` is over."""
+        if self.is_alive():
+            self.join(limit_s)
+        ends = self._clock.monotonic() + limit_s
+        while self._clock.monotonic() < ends and (found := self._outbox.next_outcome()) is not None:
+            if not self._send(*found):
+                break
+        self._orchestrator.close()
+
+    def _send(self, entry: Entry, outcome: Outcome) -> bool:
+        """Report an outcome; return whether it needs no further report."""
+        extra = {"buffer_job_id": outcome.buffer_job_id}
+        try:
+            reply = self._orchestrator.report(outcome.buffer_job_id, outcome.body)
+        except BaseException:
+            self._outbox.mark_failed(entry, outcome)
+            raise
+        if reply.is_final or reply.is_refusal:
+            self._backoff.reset()
+            self._closed_until = 0.0
+        if reply.is_final:
+            if not reply.is_accepted:
+                extra["reason"] = reply.describe()
+                logger.error("outcome rejected by the orchestrator; dropped", extra=extra)
+            self._outbox.mark_accepted(entry)
+            return True
+        if reply.is_refusal:
+            extra["reason"] = reply.describe()
+            logger.error("outcome refused by the orchestrator; moved to undelivered", extra=extra)
+            self._outbox.mark_refused(entry)
+            return True
+        self._closed_until = self._clock.monotonic() + self._backoff.next_s(reply.retry_after_s)
+        self._on_problem(f"the outcome of a job cannot be reported: {reply.describe()}")
+        self._outbox.mark_failed(entry, outcome)
+        return False
 
 
 class Poller:
@@ -173,81 +232,89 @@ class Poller:
 
     def __init__(
         self,
-        core: Core,
+        core: JobCore,
         settings: OrchestratorSettings,
         folder: Path,
         *,
         poll_interval_s: float,
         heartbeat_s: float = HEARTBEAT_S,
+        min_free_mb: int = 0,
+        connect: Callable[[OrchestratorSettings], Orchestrator] = Orchestrator,
+        disk: Disk | None = None,
+        clock: Clock | None = None,
     ) -> None:
+        """`folder` is WORK_DIR; it is not touched before it is this worker's. The last three are for the simulator."""
         self.core = core
-        self._settings = settings
-        self._orchestrator = Orchestrator(settings)
-        self.heartbeat = Heartbeat(Orchestrator(settings), core, heartbeat_s)
-        self.outbox = Outbox(folder / "outbox")
-        self._current_path = folder / "claimed.json"
+        self._settings, self._connect = settings, connect
+        self._clock = clock or Clock()
+        self._orchestrator = connect(settings)
+        self.heartbeat = Heartbeat(connect(settings), core, heartbeat_s, self._clock)
+        disk = disk or WorkDisk(folder, min_free_mb=min_free_mb)
+        self.outbox = Outbox(disk, failed_report(_ORPHAN), clock=self._clock)
+        self.sender = OutcomeSender(
+            connect(settings), self.outbox, core.supervisor, self.heartbeat.note, clock=self._clock
+        )
+        self.heartbeat.on_accepted = self.sender.open
+        self.heartbeat.storage_problem = lambda: self.outbox.problem
+        self._loop = Loop("poller", self._round, core.supervisor, last=self.end)
         self._poll_interval_s = poll_interval_s
-        self._claim_backoff, self._report_backoff = Backoff(), Backoff()
-        self._next_report = 0.0
+        self._claim_backoff = Backoff()
         self._outcomes: OrderedDict[str, Mapping[str, object]] = OrderedDict()
         self._stopping = threading.Event()
-        self._wake = threading.Event()
         self._problem: str | None = None
-
-    def run(self) -> None:
-        """Claim and run jobs until `stop`; an error in one round does not end the loop."""
-        # In a shared folder, another worker's running job looks like the leftover of a killed process.
-        while not self.core.work_dir.is_ours:
-            if self._stopping.wait(0.2):
-                self.heartbeat.stop()
-                self._orchestrator.close()
-                return
-        self.report_orphan()
-        while not self._stopping.is_set():
-            try:
-                pause = self.step()
-            except Exception as error:  # noqa: BLE001 - one round may fail, the loop must continue
-                logger.error("claim round failed", exc_info=error)
-                self.heartbeat.send_now(error_text(error))
-                pause = self._claim_backoff.next_s()
-            self._wake.wait(pause)
-            self._wake.clear()
-        self._deliver(force=True)
-        self.heartbeat.stop()
-        self._orchestrator.close()
+        self._room_problem: str | None = None
 
     def start(self) -> None:
-        """Run the loop in a daemon thread."""
-        self.heartbeat.start()
-        self._thread = threading.Thread(target=self.run, name="poller", daemon=True)
-        self._thread.start()
+        """Run the loops in daemon threads."""
+        for loop in (self.heartbeat, self.sender, self._loop):
+            loop.start()
 
     def join(self, limit_s: float) -> bool:
-        """Wait up to `limit_s` seconds for the loop to end; return whether it has."""
-        self._thread.join(limit_s)
-        return not self._thread.is_alive()
+        """Wait up to `limit_s` seconds for the claim loop to end; return whether it has."""
+        self._loop.join(limit_s)
+        return not self._loop.is_alive()
 
     @property
     def is_alive(self) -> bool:
-        """Whether both threads run; a worker whose loop has ended must not look healthy."""
-        return self._thread.is_alive() and self.heartbeat.is_alive()
+        """Whether all threads run; a worker whose loop has ended must not look healthy."""
+        return all(loop.is_alive() for loop in (self.heartbeat, self.sender, self._loop))
 
     def stop(self) -> None:
         """Claim no further job; the running one continues."""
         self._stopping.set()
-        self._wake.set()
+        self._loop.stop()
 
     @property
     def is_stopping(self) -> bool:
         """Whether `stop` was called."""
         return self._stopping.is_set()
 
+    def _round(self) -> float:
+        # In a shared folder, another worker's running job looks like the leftover of a killed process.
+        return self.step() if self.core.work_dir.is_ours else NOT_READY_S
+
+    def end(self) -> None:
+        """Send the last reports and the last heartbeat."""
+        self.sender.stop()
+        self.sender.finish(LAST_REPORT_S)
+        if self.outbox.n_in_memory:
+            self.outbox.check()
+        self.heartbeat.stop()
+        if self.heartbeat.is_alive():
+            self.heartbeat.join(LAST_HEARTBEAT_S)
+        self._orchestrator.close()
+
     def step(self) -> float:
-        """Send stored reports, then claim and run a job if the worker is free; return the pause in seconds."""
-        self._deliver()
-        # The orchestrator gives a silent worker's job to another one, so a worker it does not know must not claim.
-        if not self.heartbeat.is_accepted or self.core.readiness.state != "ready":
-            return 0.5
+        """Claim and run a job if the worker is free and has room; return the pause in seconds."""
+        if self.outbox.open():
+            self.sender.wake()
+        # With a problem the worker is not ready until there is room again, which only `check` finds out.
+        if self.outbox.problem is None and not self._may_claim():
+            return NOT_READY_S
+        if self._has_no_room():
+            return NO_ROOM_S
+        if not self._may_claim():
+            return NOT_READY_S
         reply = self._orchestrator.claim()
         claimed, problem = claimed_job(reply)
         self._log_claim_problem(problem)
@@ -258,8 +325,23 @@ class Poller:
         if claimed is None:
             # Jitter, so that a fleet started together does not poll in step.
             return self._poll_interval_s * random.uniform(0.9, 1.1)  # noqa: S311 - spreads load, hides nothing
-        self._handle(claimed)
-        return 0.0
+        return self._handle(claimed)
+
+    def _may_claim(self) -> bool:
+        # The orchestrator gives a silent worker's job to another one, so a worker it does not know must not claim.
+        return self.heartbeat.is_accepted and self.core.readiness.state == "ready" and not self.is_stopping
+
+    def _has_no_room(self) -> bool:
+        """Check the disk; report when a problem begins and when it ends."""
+        problem = self.outbox.check()
+        if problem != self._room_problem:
+            if problem is None:
+                logger.info("WORK_DIR can be used again")
+            else:
+                logger.error("no job is claimed", extra={"reason": problem})
+            self.heartbeat.send_now()
+        self._room_problem = problem
+        return problem is not None
 
     def _log_claim_problem(self, problem: str | None) -> None:
         """Log when claims begin to fail or work again, not every attempt."""
@@ -270,47 +352,57 @@ class Poller:
                 logger.warning("claim failed", extra={"reason": problem})
         self._problem = problem
 
-    def _handle(self, claimed: dict[str, Any]) -> None:
-        buffer_job_id = claimed.get("buffer_job_id")
-        # Some databases number their jobs; the route takes the number as text.
-        if isinstance(buffer_job_id, (int, str)) and not isinstance(buffer_job_id, bool) and str(buffer_job_id):
-            buffer_job_id = str(buffer_job_id)
-        else:
-            logger.error("claimed job has no buffer_job_id; it can neither run nor be reported")
-            self.heartbeat.send_now("a claimed job has no buffer_job_id")
-            self._stopping.wait(self._claim_backoff.next_s())
-            return
+    def _handle(self, claimed: dict[str, Any]) -> float:
+        """Run a claimed job, or fail it when it cannot run; return the pause in seconds."""
+        buffer_job_id = _buffer_job_id(claimed)
+        if buffer_job_id is None:
+            logger.error("claimed job has no usable buffer_job_id; it can neither run nor be reported")
+            self.heartbeat.send_now("a claimed job has no usable buffer_job_id")
+            return self._claim_backoff.next_s()
         known = self._outcomes.get(buffer_job_id)
         # A failed job may succeed now, so only a success is repeated.
         if known is not None and known["status"] == "succeeded":
             logger.info("job repeated; known outcome reported", extra={"buffer_job_id": buffer_job_id})
             self._finish(buffer_job_id, known)
-            return
+            return 0.0
         try:
+            check_id(buffer_job_id, "buffer_job_id")
             job = parse_job(claimed, buffer_job_id=buffer_job_id)
-        except RequestError as error:
+            self._write_claim(buffer_job_id)
+        except (RequestError, ProcessingError) as error:
             error.stage = "validation"
             self._finish(buffer_job_id, failed_report(error_body(error)[1]))
-            return
+            return 0.0
         self._run(job, buffer_job_id)
+        return 0.0
+
+    def _write_claim(self, buffer_job_id: str) -> None:
+        """Write down the claim; raises ProcessingError when that fails, because a killed process would lose the job."""
+        try:
+            self.outbox.write_claim(buffer_job_id)
+        except OSError as error:
+            raise ProcessingError(f"the claim could not be written to WORK_DIR ({error_reason(error)})") from None
 
     def _run(self, job: Job, buffer_job_id: str) -> None:
-        self._current_path.write_text(json.dumps({"id": buffer_job_id}), encoding="utf-8")
         progress = None
         if self._settings.base_url:
-            progress = ProgressSender(Orchestrator(self._settings), job.job_id, on_cancel=self.core.cancel)
+            progress = ProgressSender(
+                self._connect(self._settings),
+                job.job_id,
+                on_cancel=self.core.cancel,
+                on_error=self.core.supervisor.restart_pause_s,
+            )
         try:
             with job_logging(job.job_id):
                 result = self._run_when_free(job, self._progress_callback(progress))
             report = succeeded_report(result)
         except Exception as error:  # noqa: BLE001 - every outcome is reported
             report = failed_report(error_body(error, job_id=job.job_id)[1])
-            self.heartbeat.send_now(error_text(error))
+            self.heartbeat.note(error_text(error))
         finally:
             if progress is not None:
                 progress.close()
         self._finish(buffer_job_id, report)
-        self._current_path.unlink(missing_ok=True)
         self.heartbeat.send_now()
 
     def _run_when_free(self, job: Job, on_progress: Callable[[Any, int, int], None]) -> JobResult:
@@ -320,7 +412,7 @@ class Poller:
                 return self.core.run_job(job, on_progress=on_progress)
             except UnavailableError as error:
                 # The job is claimed already: waiting for the slot is cheaper than failing it.
-                if error.details.get("state") != "busy" or self._stopping.wait(0.5):
+                if error.details.get("state") != "busy" or self._clock.wait(self._stopping, 0.5):
                     raise
 
     def _progress_callback(self, progress: ProgressSender | None) -> Callable[[Any, int, int], None]:
@@ -338,76 +430,78 @@ class Poller:
         return report
 
     def _finish(self, buffer_job_id: str, body: Mapping[str, object]) -> None:
-        """Store the outcome on disk, remember it, and try to send it now."""
-        self.outbox.put(Report(buffer_job_id, body, time.time()))
+        """Store the outcome and remember it; the sender reports it before all others."""
+        entry = self.outbox.add(Outcome(buffer_job_id, body, self._clock.time()))
         self._outcomes[buffer_job_id] = body
         while len(self._outcomes) > REMEMBERED_OUTCOMES:
             self._outcomes.popitem(last=False)
-        self._deliver(force=True)
+        self.sender.wake()
+        if self.sender.is_alive():
+            # So that the orchestrator usually has it before it sees an idle worker.
+            self.outbox.wait_tried(entry, FIRST_REPORT_S)
 
-    def _deliver(self, *, force: bool = False) -> None:
-        """Send stored reports, oldest first; after a failure, wait before the next attempt."""
-        if not force and time.monotonic() < self._next_report:
-            return
-        for path, report in self.outbox.reports():
-            reply = self._orchestrator.report(report.buffer_job_id, report.body)
-            # A refusal will not change, except where the key, the rate or the server's state may.
-            is_refused = reply.status is not None and 400 <= reply.status < 500
-            may_change = reply.is_unauthorised or reply.status in (408, 425, 429)
-            too_old = time.time() - report.created > REPORT_LIFETIME_S
-            if reply.is_final or (is_refused and not may_change) or too_old:
-                if not reply.is_accepted:
-                    logger.error(
-                        "outcome rejected by the orchestrator; dropped",
-                        extra={"buffer_job_id": report.buffer_job_id, "reason": reply.describe()},
-                    )
-                path.unlink(missing_ok=True)
-                self._report_backoff.reset()
-                continue
-            self.heartbeat.send_now(f"the outcome of a job cannot be reported: {reply.describe()}")
-            self._next_report = time.monotonic() + self._report_backoff.next_s(reply.retry_after_s)
-            return
 
-    def report_orphan(self) -> None:
-        """Report the job of a killed process as failed and retryable."""
-        try:
-            buffer_job_id = json.loads(self._current_path.read_text(encoding="utf-8"))["id"]
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, KeyError, TypeError):
-            self._current_path.unlink(missing_ok=True)
-            return
-        body = {
-            "error_type": "processing_error",
-            "stage": "unknown",
-            "error_message": "the worker process was killed while it ran this job",
-            "retryable": True,
-        }
-        is_reported = any(report.buffer_job_id == buffer_job_id for _, report in self.outbox.reports())
-        if not is_reported:
-            self.outbox.put(Report(str(buffer_job_id), failed_report(body), time.time()))
-        self._current_path.unlink(missing_ok=True)
+def _buffer_job_id(claimed: Mapping[str, Any]) -> str | None:
+    """The id under which a claimed job is reported; None when no report would reach the job."""
+    given = claimed.get("buffer_job_id")
+    # Some databases number their jobs; the route takes the number as text.
+    if isinstance(given, bool) or not isinstance(given, (int, str)):
+        return None
+    buffer_job_id = str(given)
+    if not is_reportable(buffer_job_id):
+        logger.error("no outcome can be reported for this id", extra={"buffer_job_id": printable(buffer_job_id[:100])})
+        return None
+    return buffer_job_id
 
 
 _running: Poller | None = None
 
 
-def start(core: Core) -> Poller:
-    """Start the claim loop in a daemon thread of this process."""
+def start(core: Core) -> Poller | None:
+    """Start the claim loop in daemon threads of this process; without its settings the core fails with the reason."""
     global _running  # noqa: PLW0603 - Gunicorn's hooks share only the module
     settings = core.settings
+    needed = {
+        "ORCHESTRATOR_BASE_URL": settings.orchestrator_url or settings.buffer_orchestrator_url,
+        "INTERNAL_API_KEY": settings.internal_api_key,
+    }
+    if missing := [name for name, value in needed.items() if not value]:
+        reason = f"buffer mode needs {' and '.join(missing)}"
+        core.status.fail(reason)
+        logger.error("no job can be claimed", extra={"reason": reason})
+        return None
     poller = Poller(
-        core, orchestrator_settings(settings), settings.work_dir, poll_interval_s=settings.buffer_poll_interval_s
+        core,
+        orchestrator_settings(settings),
+        settings.work_dir,
+        poll_interval_s=settings.buffer_poll_interval_s,
+        min_free_mb=settings.min_free_disk_mb,
     )
     poller.start()
-    core.metrics.register_gauge(
-        "musetalk_heartbeat_age_seconds",
-        "Time since the orchestrator last accepted a heartbeat.",
-        lambda: poller.heartbeat.age_s,
-    )
+    _register_gauges(core, poller)
+    core.status.add_check(lambda: poller.outbox.problem)
     core.status.add_check(lambda: None if poller.is_alive or poller.is_stopping else "the claim loop has ended")
     _running = poller
     return poller
+
+
+def _register_gauges(core: Core, poller: Poller) -> None:
+    gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
+        (
+            "musetalk_heartbeat_age_seconds",
+            "Time since the orchestrator last accepted a heartbeat.",
+            lambda: poller.heartbeat.age_s,
+        ),
+        ("musetalk_outcomes_waiting", "Outcomes that are not accepted yet.", lambda: poller.outbox.n_waiting),
+        (
+            "musetalk_outcomes_parked",
+            "Waiting outcomes that fail while others are accepted.",
+            lambda: poller.outbox.n_parked,
+        ),
+        ("musetalk_outcomes_in_memory", "Waiting outcomes that cannot be stored.", lambda: poller.outbox.n_in_memory),
+    )
+    for name, meaning, value in gauges:
+        core.metrics.register_gauge(name, meaning, value)
 
 
 def running() -> Poller | None:

@@ -27,7 +27,16 @@ NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 SPECIFICATIONS = {"docs/model.md", "docs/media.md", "docs/protocol.md"}
 # Variables that other programs read, as docs/configuration.md lists them.
 FOREIGN = {
-    *("TORCH_SPEC", "PYTHON", "MUSETALK_PYTHON", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE", "HTTPS_PROXY"),
+    *(
+        "TORCH_SPEC",
+        "PYTHON",
+        "MUSETALK_PYTHON",
+        "HF_ENDPOINT",
+        "HF_TOKEN",
+        "HF_HUB_OFFLINE",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+    ),
     *("SALAD_LOG_LEVEL", "CUDA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"),
     # Arguments of the image, and the variables of tests.
     *("SALAD_WORKER_SHA256", "SALAD_WORKER_VERSION", "BASE", "GOLDEN_DIR", "MEDIA_DIR", "OMP_NUM_THREADS"),

@@ -22,6 +22,10 @@ ALLOWED: dict[str, set[str]] = {
     "worker/readiness": {"worker/telemetry"},
     "worker/inputs": {*BASE, "worker/config", "worker/jobs", "worker/net/downloads"},
     "worker/machine": {*BASE},
+    "worker/clock": set(),
+    "worker/records": {*BASE, "worker/machine"},
+    "worker/outbox": {"worker/clock", "worker/records", "worker/telemetry"},
+    "worker/supervision": {"worker/clock", "worker/telemetry"},
     "worker/work_dir": set(),
     "worker/telemetry": {*BASE, "worker/jobs"},
     "worker/stored": {*BASE},
@@ -58,16 +62,23 @@ ALLOWED: dict[str, set[str]] = {
         *BASE,
         *("musetalk/fetch_progress", "musetalk/render"),
         *(f"worker/{name}" for name in ("config", "engine", "inputs", "job_control", "jobs", "machine", "stored")),
-        *("worker/readiness", "worker/telemetry", "worker/work_dir", "worker/cli/render", "storage"),
+        *("worker/readiness", "worker/supervision", "worker/telemetry", "worker/work_dir", "worker/cli/render"),
+        "storage",
     },
-    "poller": {*BASE, "worker/jobs", "worker/orchestrator", "worker/telemetry", "musetalk_core"},
+    "poller": {
+        *BASE,
+        "musetalk_core",
+        *(f"worker/{name}" for name in ("clock", "jobs", "orchestrator", "outbox", "readiness", "records")),
+        *(f"worker/{name}" for name in ("supervision", "telemetry", "work_dir")),
+    },
     "app": {
         *("musetalk/errors", "musetalk/__version__", "musetalk_core"),
         *(f"worker/{name}" for name in ("config", "jobs", "orchestrator", "telemetry", "web")),
     },
     "gunicorn.conf": {
         *BASE,
-        *("worker/config", "worker/lifecycle", "worker/telemetry", "musetalk_core", "poller"),
+        *(f"worker/{name}" for name in ("config", "lifecycle", "orchestrator", "telemetry")),
+        *("musetalk_core", "poller"),
     },
 }
 # What a part must never import, also not from outside.

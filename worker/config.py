@@ -95,6 +95,13 @@ def _address(*, with_query: bool = False) -> Callable[[str], str]:
     return parse
 
 
+def _segment(value: str) -> str:
+    """A name that is one segment of a path."""
+    if value in (".", "..") or not value.isprintable() or len(value) > 256:
+        raise ValueError("must be a name of at most 256 printable characters, not . or ..")
+    return value
+
+
 def _key(value: str) -> str:
     """A secret that travels in an HTTP header."""
     if not (value.isprintable() and value.isascii()):
@@ -234,16 +241,18 @@ class Settings:
     upload_timeout_s: float = variable("UPLOAD_TIMEOUT_SEC", _seconds(1, 86400), "Limit for one whole upload, retries included.", "300")
     # How jobs arrive
     worker_mode: ModeChoice = variable("WORKER_MODE", _choice(ModeChoice), "`queue`: jobs are posted to `/generate`; `buffer`: the worker claims them from the orchestrator.", "queue")
-    buffer_worker_id: str = variable("BUFFER_WORKER_ID", _text, "Name of this worker; setting it selects buffer mode.", "")
+    buffer_worker_id: str = variable("BUFFER_WORKER_ID", _segment, "Name of this worker; setting it selects buffer mode.", "")
     orchestrator_url: str = variable("ORCHESTRATOR_BASE_URL", _address(), "Address of the orchestrator, for progress and (buffer mode) for jobs.", "")
     buffer_orchestrator_url: str = variable("BUFFER_ORCHESTRATOR_BASE_URL", _address(), "Another orchestrator address for the calls of buffer mode.", "")
     internal_api_key: str = variable("INTERNAL_API_KEY", _key, "Sent to the orchestrator as `X-Internal-API-Key`, and required in the same header from callers on other machines.", "", secret=True)
+    orchestrator_proxy: str = variable("ORCHESTRATOR_PROXY", _address(), "HTTP proxy for the calls to the orchestrator, which use neither `HTTP_PROXY` nor `.netrc`; the proxy of an `http` orchestrator sees the key.", "", secret=True)
+    orchestrator_ca_file: Path | None = variable("ORCHESTRATOR_CA_FILE", _path, "Certificates (PEM) that prove the orchestrator's name; unset: those of public authorities.", "", aliases=("REQUESTS_CA_BUNDLE",))
     buffer_poll_interval_s: float = variable("BUFFER_POLL_INTERVAL_SEC", _seconds(0.05, 3600), "Pause between two claims when there is no job.", "10", aliases=("POLL_INTERVAL_SEC",))
     buffer_capacity: int = variable("BUFFER_CAPACITY", _whole(1, 1000), "Capacity sent in the heartbeat; the worker always runs one job at a time.", "1")
     salad_queue_worker: str = variable("SALAD_QUEUE_WORKER", _text, "Salad's queue binary; `run_worker.sh` starts it in queue mode when it is installed.", "salad-http-job-queue-worker")
     config_label: str = variable("CONFIG_LABEL", _text, "Free text, sent with every progress report.", "default")
     # Who this worker is
-    worker_id: str = variable("WORKER_ID", _text, "Name of this worker in logs and reports; unset: the host's name.", "", aliases=("SALAD_MACHINE_ID", "VAST_CONTAINERLABEL"))
+    worker_id: str = variable("WORKER_ID", _segment, "Name of this worker in logs and reports; unset: the host's name.", "", aliases=("SALAD_MACHINE_ID", "VAST_CONTAINERLABEL"))
     gpu_class: str | None = variable("GPU_CLASS", _text, "GPU class echoed in metrics; unset: `unknown`.", "", aliases=("GPU_CLASS_NAME",))
     log_level: LogLevel = variable("LOG_LEVEL", _choice(LogLevel), "Lowest severity that is logged.", "info")
     env_file: str = variable(ENV_FILE, _text, "In the environment only: the file read instead of `.env`, so that several workers share one checkout; `none`: no file.", ".env")

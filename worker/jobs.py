@@ -254,11 +254,19 @@ def _identifier(body: Mapping[Any, Any], name: str) -> str:
     value = body.get(name)
     if not isinstance(value, str) or not value.strip():
         raise RequestError(f"{name} must be a non-empty string", field=name)
+    check_id(value, name)
+    return value
+
+
+def check_id(value: str, name: str) -> None:
+    """Raise RequestError for an id that cannot be the name of an object and a segment of a path."""
     if len(value) > MAX_ID_LENGTH:
         raise RequestError(f"{name} must not be longer than {MAX_ID_LENGTH} characters", field=name)
     if any(not character.isprintable() for character in value):
         raise RequestError(f"{name} must not contain control characters", field=name)
-    return value
+    # As a segment of a path these two lead to another route, also when they are percent-encoded.
+    if value in (".", ".."):
+        raise RequestError(f"{name} must not be {value}", field=name)
 
 
 def _address(body: Mapping[Any, Any], name: str) -> str:

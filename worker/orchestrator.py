@@ -26,10 +26,15 @@ from worker.telemetry import logger
 
 Status = Literal["idle", "busy"]
 
-# A claim is a few hundred bytes; a gateway's error page is some kilobytes.
-_MAX_REPLY_BYTES = 1_000_000
+# A claim is a few hundred bytes; one with a monstrous id must still be read, so that its job can be reported.
+_MAX_REPLY_BYTES = 2 * 2**20
 # Long enough for every message of ours, short enough for a column of a database.
 _MAX_ERROR_CHARACTERS = 2000
+# Servers refuse request lines beyond 4,094 (Gunicorn) or 8,190 characters.
+_MAX_SEGMENT_CHARACTERS = 3800
+# The answer to a queue waits this long for the last progress to be accepted; the report continues behind it.
+ANSWER_WAIT_S = 2.0
+LAST_REPORT_LIMIT_S = 20.0
 
 # Stage -> the orchestrator's phase, and the progress (0 to 1) at which it starts.
 _PHASES: dict[Stage, tuple[str, float]] = {
@@ -60,6 +65,8 @@ class OrchestratorSettings:
     connect_timeout_s: float = 3.0
     read_timeout_s: float = 5.0
     total_timeout_s: float = 8.0
+    proxy_url: str = ""
+    ca_file: str = ""
 
     def __repr__(self) -> str:
         return f"OrchestratorSettings({self.base_url!r}, worker_id={self.worker_id!r})"
@@ -90,6 +97,12 @@ class Reply:
         # 404 and 410: the job is gone; 409: it has an outcome already.
         return self.is_accepted or self.status in (404, 409, 410)
 
+    @property
+    def is_refusal(self) -> bool:
+        """Whether this body will never be accepted, in contrast to a key, a rate or a state that may change."""
+        may_change = self.is_unauthorised or self.status in (408, 425, 429)
+        return self.status is not None and 400 <= self.status < 500 and not may_change
+
     def describe(self) -> str:
         """The result in words, for the log or a heartbeat's `error`."""
         return self.problem or (f"HTTP {self.status}" if self.status is not None else "no reply")
@@ -106,7 +119,18 @@ def orchestrator_settings(settings: Settings) -> OrchestratorSettings:
         capacity=settings.buffer_capacity,
         config_label=settings.config_label,
         batch_size=settings.batch_size,
+        proxy_url=settings.orchestrator_proxy,
+        ca_file=str(settings.orchestrator_ca_file or ""),
     )
+
+
+def is_reportable(buffer_job_id: str) -> bool:
+    """Whether an outcome for this id would reach its own route: `.` and `..` leave it, and a path has limits."""
+    try:
+        quoted = quote(buffer_job_id, safe="")
+    except UnicodeEncodeError:
+        return False
+    return quoted not in ("", ".", "..") and len(quoted) <= _MAX_SEGMENT_CHARACTERS
 
 
 class Orchestrator:
@@ -119,6 +143,11 @@ class Orchestrator:
     def _open_session(self) -> None:
         self._switch = CutSwitch()
         self._session = requests.Session()
+        # The environment's proxy would see our key, and a login from .netrc would be sent with each call.
+        self._session.trust_env = False
+        if self.settings.proxy_url:
+            self._session.proxies = dict.fromkeys(("http", "https"), self.settings.proxy_url)
+        self._session.verify = self.settings.ca_file or True
         self._session.headers.update({"X-Internal-API-Key": self.settings.api_key, "User-Agent": "musetalk-worker"})
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, SwitchedAdapter(self._switch))
@@ -160,6 +189,10 @@ class Orchestrator:
             "batch_size": self.settings.batch_size,
         }
         return self._post(f"{self.settings.base_url}/internal/jobs/{quote(job_id, safe='')}/progress", body)
+
+    def cut(self) -> None:
+        """End the call under way now; its caller gets a reply without a status."""
+        self._switch.cut()
 
     def close(self) -> None:
         """Close the connections."""
@@ -238,7 +271,7 @@ def _seconds(text: str | None) -> float | None:
 
 def claimed_job(reply: Reply) -> tuple[dict[str, Any] | None, str | None]:
     """Return the job in a claim's reply and the problem with the reply; (None, None) when there is no job."""
-    if not reply.is_accepted:
+    if not reply.is_accepted or reply.problem is not None:
         return None, reply.describe()
     body = reply.body
     # 204 and an empty 200 are the usual ways to say that there is no job.
@@ -324,7 +357,7 @@ def failed_update(body: Mapping[str, object]) -> dict[str, object]:
 class ProgressSender:
     """Send one job's progress from a thread of its own: the newest wins, nobody waits for it, the last is retried.
 
-    Call `finish` with the last update before the caller is answered.
+    Call `finish` with the last update, or `close`; the thread then closes the client.
     """
 
     def __init__(
@@ -335,13 +368,22 @@ class ProgressSender:
         interval_s: float = 1.0,
         step: float = 0.05,
         on_cancel: Callable[[str], object] = lambda _job_id: None,
+        on_error: Callable[[str, BaseException], float] | None = None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_cancel(id)` is called when the reply to an update names cancelled jobs, or is 410."""
+        """`on_cancel(id)` is called when the reply to an update names cancelled jobs, or is 410; `on_end()` at the end.
+
+        `on_error(part, error)` is called after an unforeseen error and returns the pause before the restart in seconds.
+        """
         self._orchestrator, self._job_id, self._on_cancel = orchestrator, job_id, on_cancel
-        self._interval_s, self._step = interval_s, step
+        self._interval_s, self._step, self._on_error = interval_s, step, on_error or _log_error
+        self._on_end = on_end
         self._changed = threading.Condition()
         self._waiting: dict[str, object] | None = None
+        self._last: Mapping[str, object] | None = None
+        self._last_ends = 0.0
         self._closed = False
+        self._is_accepted = False
         self._highest = 0.0
         self._sent: tuple[object, float] = (None, -1.0)
         self._thread = threading.Thread(target=self._run, name="progress-sender", daemon=True)
@@ -362,29 +404,48 @@ class ProgressSender:
             self._waiting = update
             self._changed.notify()
 
-    def finish(self, update: Mapping[str, object], *, limit_s: float = 20.0) -> bool:
-        """Send the last update after the call under way; retry until it is accepted or `limit_s` is over."""
-        self.close()
-        ends = time.monotonic() + limit_s
-        pause = 0.5
-        while True:
-            reply = self._orchestrator.progress(self._job_id, update)
-            if reply.is_final or reply.is_unauthorised or time.monotonic() + pause > ends:
-                if not reply.is_accepted:
-                    logger.warning("last progress rejected", extra={"reason": reply.describe()})
-                return reply.is_accepted
-            # The caller waits for this report, so the pauses stay short.
-            time.sleep(pause)
-            pause = min(2 * pause, 5.0)
+    def finish(
+        self, update: Mapping[str, object], *, wait_s: float = ANSWER_WAIT_S, limit_s: float = LAST_REPORT_LIMIT_S
+    ) -> bool:
+        """Send the last update after the call under way; return within `wait_s` whether it has been accepted.
 
-    def close(self) -> None:
-        """Stop sending and drop what is waiting; wait for the call under way, whose time is limited."""
+        The report continues behind the caller until it is accepted or `limit_s` is over.
+        """
+        with _last_reports_lock:
+            _last_reports[:] = [sender for sender in _last_reports if sender._thread.is_alive()]
+            _last_reports.append(self)
+        with self._changed:
+            self._last, self._last_ends, self._closed = update, time.monotonic() + limit_s, True
+            self._changed.notify()
+        self._thread.join(wait_s)
+        return self._is_accepted
+
+    def close(self, limit_s: float = ANSWER_WAIT_S) -> None:
+        """Stop sending and drop what is waiting; wait for the call under way, and cut it after `limit_s`."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(limit_s)
+        if self._thread.is_alive():
+            self._orchestrator.cut()
 
     def _run(self) -> None:
+        while True:
+            try:
+                self._send_updates()
+                self._send_last()
+                break
+            except Exception as error:  # noqa: BLE001 - a progress bar that stands still must be noticed
+                pause = self._on_error("progress-sender", error)
+                with self._changed:
+                    if self._closed and (self._last is None or time.monotonic() > self._last_ends):
+                        break
+                    self._changed.wait(pause)
+        self._orchestrator.close()
+        self._on_end()
+
+    def _send_updates(self) -> None:
+        """Send what is waiting, until closed."""
         while True:
             with self._changed:
                 while self._waiting is None and not self._closed:
@@ -401,6 +462,42 @@ class ProgressSender:
                 self._on_cancel(name)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, timeout=self._interval_s)
+
+    def _send_last(self) -> None:
+        """Send the last update until it is accepted or its time is over."""
+        pause = 0.5
+        while self._last is not None:
+            reply = self._orchestrator.progress(self._job_id, self._last)
+            if reply.is_final or reply.is_unauthorised or time.monotonic() + pause > self._last_ends:
+                self._is_accepted, self._last = reply.is_accepted, None
+                if not reply.is_accepted:
+                    logger.warning("last progress rejected", extra={"reason": reply.describe()})
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+
+# Senders whose last update may still be on its way.
+_last_reports: list[ProgressSender] = []
+_last_reports_lock = threading.Lock()
+
+
+def wait_for_last_reports(limit_s: float) -> bool:
+    """Wait, before the process ends, until the last updates are accepted or `limit_s` is over; return whether all are.
+
+    They belong to answers that have been sent.
+    """
+    ends = time.monotonic() + limit_s
+    with _last_reports_lock:
+        threads = [sender._thread for sender in _last_reports]
+    for thread in threads:
+        thread.join(max(0.0, ends - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
+
+
+def _log_error(part: str, error: BaseException) -> float:
+    logger.error("unforeseen error; restarted", exc_info=error, extra={"part": part})
+    return 1.0
 
 
 def error_text(error: BaseException) -> str:

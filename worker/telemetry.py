@@ -220,6 +220,9 @@ class Metrics:
             "musetalk_stage_duration_seconds", "Stages of jobs.", ["stage"], buckets=_BUCKETS, registry=self._registry
         )
         self._frames = Counter("musetalk_frames", "Output frames of finished jobs.", registry=self._registry)
+        self._restarts = Counter(
+            "musetalk_restarts", "Parts restarted after an unforeseen error.", ["part"], registry=self._registry
+        )
         self._info = Gauge(
             "musetalk_build_info",
             "Version, model, device and torch of this process.",
@@ -229,6 +232,8 @@ class Metrics:
         self._gauges: dict[str, tuple[str, Callable[[], float]]] = {}
         self._memory: Callable[[], Mapping[str, float]] = dict
         self._registry.register(_GaugeCollector(self))
+        for part in ("poller", "heartbeat", "outcome-sender", "progress-sender", "model-loader"):
+            self._restarts.labels(part)
         for result in (*get_args(Outcome), "rejected"):
             self._jobs.labels(result)
         # Created at once: a counter that first appears as 1 never rose from 0, and no alert sees the first failure.
@@ -239,6 +244,10 @@ class Metrics:
     def count_rejection(self) -> None:
         """Count a job that was refused because the worker could not take it."""
         self._jobs.labels("rejected").inc()
+
+    def count_restart(self, part: str) -> None:
+        """Count a restart of a part of the process after an unforeseen error."""
+        self._restarts.labels(part).inc()
 
     def count_job(self, clock: StageClock, error: BaseException | None, n_frames: int = 0) -> None:
         """Count a job that ended, with `error` or successfully (None)."""

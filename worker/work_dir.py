@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,21 +57,33 @@ class WorkDir:
         """Whether this process holds the lock, so that files in the folder are its own to use and to remove."""
         return self._lock is not None
 
-    def take(self) -> None:
-        """Wait until no other worker uses the folder, then remove what a killed one left behind."""
-        try:
-            lock = FolderLock(self.folder)
-        except OSError:
-            # Loading checks the folder as well and names the problem.
-            return
-        if not lock.acquire():
-            self.waiting_for = "another worker uses WORK_DIR; each needs a folder of its own"
-            logger.error(self.waiting_for)
-            while not lock.acquire():
-                time.sleep(_POLL_S)
-            self.waiting_for = None
+    def take(self, problem: Callable[[], str | None] = lambda: None) -> None:
+        """Wait until the folder can be used and no other worker uses it; remove what a killed one left behind.
+
+        `problem()` is a further reason to wait, or None; it is asked again every second.
+        """
+        while True:
+            if (reason := problem()) is None:
+                lock, reason = self._try_lock()
+                if lock is not None:
+                    break
+            if reason != self.waiting_for:
+                logger.error("waiting for WORK_DIR", extra={"reason": reason})
+            self.waiting_for = reason
+            time.sleep(_POLL_S)
+        self.waiting_for = None
         self._lock = lock
         remove_leftovers(self.folder)
+
+    def _try_lock(self) -> tuple[FolderLock | None, str | None]:
+        """The lock, or the reason why it is not ours."""
+        try:
+            lock = FolderLock(self.folder)
+            if lock.acquire():
+                return lock, None
+        except OSError as error:
+            return None, f"WORK_DIR cannot be locked ({error.strerror or type(error).__name__})"
+        return None, "another worker uses WORK_DIR; each needs a folder of its own"
 
     @contextmanager
     def job_folder(self) -> Iterator[Path]:

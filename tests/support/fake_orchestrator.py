@@ -6,8 +6,8 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote
@@ -17,13 +17,14 @@ from tests.support.loopback import LoopbackServer
 
 @dataclass(frozen=True)
 class Call:
-    """One request: its kind, the id in its path, its body, its key, and when it came (monotonic seconds)."""
+    """One request: its kind, the id in its path, body, key, arrival (monotonic seconds), headers."""
 
     kind: str
     id: str
     body: Any
     key: str | None
     time: float
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class FakeOrchestrator:
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         kind, identity = _kind(handler.path)
-        call = Call(kind, identity, json.loads(body), handler.headers.get("X-Internal-API-Key"), time.monotonic())
+        headers = dict(handler.headers)
+        call = Call(kind, identity, json.loads(body), headers.get("X-Internal-API-Key"), time.monotonic(), headers)
         with self._changed:
             self.calls.append(call)
             self._changed.notify_all()

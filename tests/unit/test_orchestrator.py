@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from musetalk.errors import DownloadError, MediaError, ProcessingError
 from tests.support.fake_orchestrator import Answer, Call, FakeOrchestrator, Times
+from tests.support.server import wait_until
 from worker.jobs import STAGES, error_body
 from worker.orchestrator import (
     Orchestrator,
@@ -26,7 +28,9 @@ from worker.orchestrator import (
     claimed_job,
     failed_report,
     failed_update,
+    is_reportable,
     stage_update,
+    wait_for_last_reports,
 )
 
 
@@ -231,3 +235,99 @@ def test_the_last_update_is_retried_until_accepted_and_arrives_last(orchestrator
     caller.close()
     assert len(orchestrator.calls) == 3
     assert all(call.body["status"] == "succeeded" for call in orchestrator.calls)
+
+
+def test_the_answer_waits_two_seconds_at_most_and_the_report_continues_behind_it(
+    orchestrator: FakeOrchestrator,
+) -> None:
+    """With the orchestrator down a finished job's answer waited 17.5 s, with a silent one 26 s."""
+    released = threading.Event()
+
+    def fault(call: Call) -> Answer | None:
+        released.wait(20)
+        return Answer(503) if len(orchestrator.of("progress")) < 3 else None
+
+    orchestrator.faults.append(fault)
+    sender = ProgressSender(client(orchestrator.url), "job")
+    begun = time.monotonic()
+    assert not sender.finish({"status": "succeeded", "progress": 1.0})
+    assert time.monotonic() - begun < 3
+    released.set()
+    assert wait_for_last_reports(20)
+    assert [call.body["status"] for call in orchestrator.of("progress")] == ["succeeded"] * 3
+
+
+def test_the_end_of_a_claimed_job_does_not_wait_for_a_silent_progress_call(orchestrator: FakeOrchestrator) -> None:
+    released = threading.Event()
+    orchestrator.faults.append(lambda call: Answer(None) if released.wait(20) else None)
+    sender = ProgressSender(client(orchestrator.url), "job")
+    sender("download", 0, 1)
+    orchestrator.wait_for(lambda: orchestrator.calls)
+    begun = time.monotonic()
+    sender.close(0.2)
+    assert time.monotonic() - begun < 2
+    # The call is cut, so that it cannot arrive after the outcome.
+    sender._thread.join(2)
+    assert not sender._thread.is_alive()
+    released.set()
+
+
+def test_progress_continues_after_an_unforeseen_error(
+    orchestrator: FakeOrchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[str] = []
+
+    def on_error(part: str, error: BaseException) -> float:
+        errors.append(f"{part}: {type(error).__name__}")
+        monkeypatch.undo()
+        return 0.0
+
+    def fail(*_args: object) -> Reply:
+        raise KeyError("odd")
+
+    monkeypatch.setattr(Orchestrator, "progress", fail)
+    sender = ProgressSender(client(orchestrator.url), "job", on_error=on_error)
+    sender("download", 0, 1)
+    wait_until(lambda: errors, 10)
+    assert sender.finish({"status": "succeeded", "progress": 1.0})
+    assert errors == ["progress-sender: KeyError"]
+
+
+def test_neither_a_stored_login_nor_the_proxy_of_the_environment_is_used(
+    orchestrator: FakeOrchestrator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls sent a login from .netrc, and the key to a proxy."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password secret-of-netrc\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    with FakeOrchestrator() as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        caller = client(orchestrator.url)
+        assert caller.claim().is_accepted
+        caller.close()
+        assert proxy.calls == []
+        (call,) = orchestrator.calls
+        assert call.headers.get("Authorization") is None
+        through = client(orchestrator.url, proxy_url=proxy.url)
+        assert through.claim().is_accepted
+        through.close()
+        assert len(proxy.calls) == 1
+        assert len(orchestrator.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("identity", "expected"),
+    [("b-1", True), ("a/b", True), ("..", False), (".", False), ("", False), ("\ud800", False), ("ü" * 2000, False)],
+)
+def test_only_ids_that_stay_on_their_route_are_reportable(identity: str, expected: bool) -> None:
+    assert is_reportable(identity) is expected
+
+
+def test_a_reply_that_is_too_large_is_no_answer_without_a_job(orchestrator: FakeOrchestrator) -> None:
+    orchestrator.faults.append(Times("claim", 1, Answer(200, b'{"job": "' + b"x" * 3_000_000 + b'"}')))
+    caller = client(orchestrator.url)
+    assert claimed_job(caller.claim()) == (None, "the reply is too large")
+    caller.close()
