@@ -2,7 +2,8 @@
 
 Files in FAULTS_DIR are the commands: `hold-<stage>` makes the next job wait when it enters that stage (`held-<stage>`
 appears, and it goes on when the command is gone); `fail-<kind>` makes the networks or the disk fail once; `slow` makes
-each chunk take its time (`generating` appears).
+each chunk take its time (`generating` appears). `break-<thread>` makes the next step of a thread raise what nobody
+foresees.
 """
 
 from __future__ import annotations
@@ -31,9 +32,19 @@ def _take(name: str) -> bool:
     return True
 
 
+def _breaking(step: Any, thread: str) -> Any:
+    def broken(self: Any) -> Any:
+        if _take(f"break-{thread}"):
+            raise KeyError("nobody foresees this")
+        return step(self)
+
+    return broken
+
+
 def _install() -> None:
     import torch
 
+    import poller
     from musetalk.generator import Generator
     from musetalk.media import VideoWriter
     from worker.telemetry import StageClock
@@ -68,6 +79,8 @@ def _install() -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/path/of/ours")
         write(self, planes)
 
+    for owner, name, thread in ((poller.Heartbeat, "beat", "heartbeat"), (poller.Poller, "step", "poller")):
+        setattr(owner, name, _breaking(getattr(owner, name), thread))
     StageClock.stage = stage  # type: ignore[method-assign]
     Generator.start = faulty_start  # type: ignore[method-assign, assignment]
     VideoWriter.write = faulty_write  # type: ignore[method-assign]
