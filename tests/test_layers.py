@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "worker/records": {*BASE, "worker/machine"},
     "worker/outbox": {"worker/clock", "worker/records", "worker/telemetry"},
     "worker/supervision": {"worker/clock", "worker/telemetry"},
-    "worker/work_dir": set(),
+    "worker/work_dir": {"worker/records"},
     "worker/telemetry": {*BASE, "worker/jobs"},
     "worker/stored": {*BASE},
     "worker/backblaze": {*BASE, "worker/stored", "worker/net/connections"},

@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from worker.records import QUARANTINE, WorkDisk
+
 logger = logging.getLogger("musetalk.work_dir")
 
 # Only folders with this prefix are removed at start; whatever else is in WORK_DIR is not ours.
 WORK_PREFIX = "job-"
+LOCK_NAME = ".lock"
 _POLL_S = 1.0
 
 
@@ -27,7 +30,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         """Create the folder if it does not exist; raises OSError where that is impossible."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         weakref.finalize(self, os.close, self._fd)
 
     def acquire(self) -> bool:
@@ -58,32 +61,37 @@ class WorkDir:
         return self._lock is not None
 
     def take(self, problem: Callable[[], str | None] = lambda: None) -> None:
-        """Wait until the folder can be used and no other worker uses it; remove what a killed one left behind.
+        """Wait until no other worker uses the folder, remove what a killed one left, then wait for `problem` to pass.
 
-        `problem()` is a further reason to wait, or None; it is asked again every second.
+        `problem()` is the reason why no job can use the folder, or None. The leftovers may be what fills the disk.
         """
-        while True:
-            if (reason := problem()) is None:
-                lock, reason = self._try_lock()
-                if lock is not None:
-                    break
+        self._wait_while(self._lock_problem)
+        remove_leftovers(self.folder)
+        self._wait_while(problem)
+
+    def _wait_while(self, problem: Callable[[], str | None]) -> None:
+        """Ask every second until there is no problem; log each one, and keep it for the readiness."""
+        while (reason := problem()) is not None:
             if reason != self.waiting_for:
                 logger.error("waiting for WORK_DIR", extra={"reason": reason})
             self.waiting_for = reason
             time.sleep(_POLL_S)
         self.waiting_for = None
-        self._lock = lock
-        remove_leftovers(self.folder)
 
-    def _try_lock(self) -> tuple[FolderLock | None, str | None]:
-        """The lock, or the reason why it is not ours."""
+    def _lock_problem(self) -> str | None:
+        """Lock the folder, or return the reason why it is not ours."""
         try:
             lock = FolderLock(self.folder)
-            if lock.acquire():
-                return lock, None
+            if not lock.acquire():
+                return "another worker uses WORK_DIR; each needs a folder of its own"
+        except IsADirectoryError:
+            WorkDisk(self.folder, min_free_mb=0).set_aside(LOCK_NAME, QUARANTINE)
+            logger.error("bad file moved to quarantine", extra={"file": LOCK_NAME, "reason": "not a regular file"})
+            return "WORK_DIR had a folder in place of its lock"
         except OSError as error:
-            return None, f"WORK_DIR cannot be locked ({error.strerror or type(error).__name__})"
-        return None, "another worker uses WORK_DIR; each needs a folder of its own"
+            return f"WORK_DIR cannot be used ({error.strerror or type(error).__name__})"
+        self._lock = lock
+        return None
 
     @contextmanager
     def job_folder(self) -> Iterator[Path]:

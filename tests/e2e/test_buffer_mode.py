@@ -14,21 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.buffer_mode import KEY, WORKER, start_worker
+from tests.support.buffer_mode import KEY, WORKER, claimed, prepare, start_worker
 from tests.support.fake_orchestrator import Answer, Call, FakeOrchestrator, Times
-from tests.support.rendering import make_audio, make_source
+from tests.support.rendering import make_audio
 from tests.support.server import Server, wait_until
 
 StartServer = Callable[..., Server]
-
-
-def prepare(folder: Path) -> Path:
-    """A folder with a short and a long job's media."""
-    (folder / "media").mkdir()
-    make_source(folder / "media/source.mp4", 10)
-    make_audio(folder / "media/audio.wav", 0.6)
-    make_audio(folder / "media/long.wav", 8)
-    return folder
 
 
 @pytest.fixture
@@ -62,10 +53,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iterato
             yield server, orchestrator
         finally:
             server.stop()
-
-
-def claimed(server: Server, number: int, **fields: Any) -> dict[str, Any]:
-    return {"buffer_job_id": f"buffer/{number}", **server.job(f"muse {number}"), **fields}
 
 
 def long_job(server: Server, number: int) -> dict[str, Any]:
@@ -275,6 +262,8 @@ def test_health_names_the_missing_settings_of_buffer_mode(start: StartServer) ->
     while body["status"] == "starting":
         body = server.wait_for(503)
     assert body["reason"] == "buffer mode needs INTERNAL_API_KEY"
+    (line,) = server.entries("no job can be claimed")
+    assert (line["severity"], line["reason"]) == ("error", "buffer mode needs INTERNAL_API_KEY")
 
 
 def test_queue_mode_reports_progress_and_outcome(

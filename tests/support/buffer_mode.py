@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tests.support.fake_orchestrator import FakeOrchestrator
+from tests.support.rendering import make_audio, make_source
 from tests.support.server import Server
 
 KEY = "key-of-this-test"
@@ -23,3 +25,17 @@ def start_worker(
         **environment,
     }
     return Server(folder, models, faulty=faulty, **variables)
+
+
+def prepare(folder: Path) -> Path:
+    """Make the media of a short and a long job in `folder`; return it."""
+    (folder / "media").mkdir()
+    make_source(folder / "media/source.mp4", 10)
+    make_audio(folder / "media/audio.wav", 0.6)
+    make_audio(folder / "media/long.wav", 8)
+    return folder
+
+
+def claimed(server: Server, number: int, **fields: Any) -> dict[str, Any]:
+    """A short job as the answer to a claim contains it."""
+    return {"buffer_job_id": f"buffer/{number}", **server.job(f"muse {number}"), **fields}

@@ -51,6 +51,8 @@ class FakeOrchestrator:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # Headers and body are two writes; the second would wait 40 ms for the acknowledgement of the first.
+            disable_nagle_algorithm = True
 
             def do_POST(self) -> None:
                 owner._answer(self)

@@ -3,7 +3,7 @@
 Files in FAULTS_DIR are the commands: `hold-<stage>` makes the next job wait when it enters that stage (`held-<stage>`
 appears, and it goes on when the command is gone); `fail-<kind>` makes the networks or the disk fail once; `slow` makes
 each chunk take its time (`generating` appears); `decoder-<fault>` makes the decoder crash, hang or eat memory in the
-middle of each file.
+middle of each file; `break-<thread>` makes the next step of a thread raise what nobody foresees.
 """
 
 from __future__ import annotations
@@ -44,9 +44,19 @@ if (folder / "decoder-memory").exists():
 """
 
 
+def _breaking(step: Any, thread: str) -> Any:
+    def broken(self: Any) -> Any:
+        if _take(f"break-{thread}"):
+            raise KeyError("nobody foresees this")
+        return step(self)
+
+    return broken
+
+
 def _install() -> None:
     import torch
 
+    import poller
     from musetalk.media import decoder_main
     from tests.support.faulty_decoder import write_faulty_main
     from worker import engine
@@ -90,6 +100,8 @@ def _install() -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/path/of/ours")
         write(self, planes)
 
+    for owner, name, thread in ((poller.Heartbeat, "beat", "heartbeat"), (poller.Poller, "step", "poller")):
+        setattr(owner, name, _breaking(getattr(owner, name), thread))
     StageClock.stage = stage  # type: ignore[method-assign]
     Generator.start = faulty_start  # type: ignore[method-assign, assignment]
     VideoWriter.write = faulty_write  # type: ignore[method-assign]
