@@ -245,7 +245,7 @@ class Settings:
     orchestrator_url: str = variable("ORCHESTRATOR_BASE_URL", _address(), "Address of the orchestrator, for progress and (buffer mode) for jobs.", "")
     buffer_orchestrator_url: str = variable("BUFFER_ORCHESTRATOR_BASE_URL", _address(), "Another orchestrator address for the calls of buffer mode.", "")
     internal_api_key: str = variable("INTERNAL_API_KEY", _key, "Sent to the orchestrator as `X-Internal-API-Key`, and required in the same header from callers on other machines.", "", secret=True)
-    orchestrator_proxy: str = variable("ORCHESTRATOR_PROXY", _address(), "HTTP proxy for the calls to the orchestrator, which use neither `HTTP_PROXY` nor `.netrc`; the proxy of an `http` orchestrator sees the key.", "", secret=True)
+    orchestrator_proxy: str = variable("ORCHESTRATOR_PROXY", _address(), "HTTP proxy for the calls to the orchestrator, which use neither the proxies of the environment nor `.netrc`; the proxy of an `http` orchestrator sees the key.", "", secret=True)
     orchestrator_ca_file: Path | None = variable("ORCHESTRATOR_CA_FILE", _path, "Certificates (PEM) that prove the orchestrator's name; unset: those of public authorities.", "", aliases=("REQUESTS_CA_BUNDLE",))
     buffer_poll_interval_s: float = variable("BUFFER_POLL_INTERVAL_SEC", _seconds(0.05, 3600), "Pause between two claims when there is no job.", "10", aliases=("POLL_INTERVAL_SEC",))
     buffer_capacity: int = variable("BUFFER_CAPACITY", _whole(1, 1000), "Capacity sent in the heartbeat; the worker always runs one job at a time.", "1")

@@ -80,6 +80,9 @@ class WorkDir:
 
     def _lock_problem(self) -> str | None:
         """Lock the folder, or return the reason why it is not ours."""
+        if self._lock is not None:
+            # Loading has begun again after an error.
+            return None
         try:
             lock = FolderLock(self.folder)
             if not lock.acquire():

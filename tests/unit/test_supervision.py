@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+import musetalk_core
+from musetalk.errors import WeightsError
+from tests.support.scripted_core import ScriptedCore
 from tests.support.server import wait_until
+from worker.engine import EngineLoader
 from worker.supervision import Loop, Supervisor
 
 
@@ -89,3 +98,43 @@ def test_a_loop_that_is_woken_does_not_wait_for_its_turn() -> None:
     wait_until(lambda: len(steps) == 2, 10)
     loop.stop()
     loop.join(10)
+
+
+def loading_core(folder: Path, monkeypatch: pytest.MonkeyPatch, errors: list[Exception]) -> ScriptedCore:
+    """A core whose loading raises these errors, one at each try."""
+
+    def load(_self: EngineLoader) -> Any:
+        if errors:
+            raise errors.pop(0)
+        return SimpleNamespace(models=SimpleNamespace(version="v15"))
+
+    monkeypatch.setattr(EngineLoader, "load", load)
+    return ScriptedCore(folder, MIN_FREE_DISK_MB="1")
+
+
+def test_loading_begins_again_after_an_unforeseen_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = loading_core(tmp_path, monkeypatch, [KeyError("odd")])
+    core.start_loading().join(20)
+    assert core.engine.models.version == "v15"
+    assert b'musetalk_restarts_total{part="model-loader"} 1.0' in core.metrics.text()
+    assert core.status.snapshot(model="v15", loading="", is_busy=False).state == "ready"
+
+
+def test_loading_stops_at_an_error_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = loading_core(tmp_path, monkeypatch, [WeightsError("unet.pth is missing")])
+    core.start_loading().join(20)
+    assert core.status.snapshot(model=None, loading="", is_busy=False).reason == "unet.pth is missing"
+    assert b'musetalk_restarts_total{part="model-loader"} 0.0' in core.metrics.text()
+
+
+def test_loading_waits_until_the_disk_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = ["WORK_DIR has 3 MiB free"]
+    monkeypatch.setattr(musetalk_core, "folder_problem", lambda *_: problems.pop() if problems else None)
+    core = loading_core(tmp_path, monkeypatch, [])
+    thread = core.start_loading()
+    wait_until(lambda: core.work_dir.waiting_for == "WORK_DIR has 3 MiB free", 10)
+    # The claim loop may report what a killed process left.
+    assert core.work_dir.is_ours
+    thread.join(20)
+    assert core.work_dir.waiting_for is None
+    assert core.engine.models.version == "v15"
