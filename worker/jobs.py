@@ -392,7 +392,8 @@ HTTP_STATUSES: dict[type[MuseTalkError], int] = {
     UnavailableError: 503,
 }
 # Values of `error_type` in a body; the last one stands for errors that nobody raised on purpose.
-ERROR_TYPES = tuple(dict.fromkeys(kind.error_type for kind in (*HTTP_STATUSES, MuseTalkError)))
+_BODIES: tuple[type[MuseTalkError], ...] = (*HTTP_STATUSES, MuseTalkError)
+ERROR_TYPES = tuple(dict.fromkeys(kind.error_type for kind in _BODIES))
 
 
 def http_status(error: BaseException) -> int:
