@@ -17,16 +17,25 @@ from werkzeug.exceptions import (
     Forbidden,
     HTTPException,
     LengthRequired,
-    NotFound,
     RequestEntityTooLarge,
+    Unauthorized,
 )
 from werkzeug.serving import WSGIRequestHandler
 
 from musetalk import __version__
-from musetalk.errors import MuseTalkError, ProcessingError, RequestError, ShutdownError, UnavailableError
+from musetalk.errors import (
+    MethodNotAllowedError,
+    MuseTalkError,
+    NotFoundError,
+    ProcessingError,
+    RequestError,
+    ShutdownError,
+    UnauthorizedError,
+    UnavailableError,
+)
 from musetalk_core import Core, shared_core
 from worker.config import bind_addresses, exposure_problem, load_settings, port_problem
-from worker.jobs import MAX_ID_LENGTH, Job, JobResult, error_body, parse_job, result_body
+from worker.jobs import DEMO_NOTICE, MAX_ID_LENGTH, Job, JobResult, error_body, parse_job, result_body
 from worker.orchestrator import Orchestrator, ProgressSender, completed_update, failed_update, orchestrator_settings
 from worker.telemetry import logger
 from worker.web import openapi, playground
@@ -101,6 +110,8 @@ def health() -> tuple[Response, int]:
     """Answer 200 while the worker is ready or busy, 503 with the reason otherwise; never waits for a job."""
     readiness = _core().readiness
     body: dict[str, Any] = {"status": "ok" if readiness.is_healthy else readiness.state, "model": readiness.model}
+    if readiness.model == "demo":
+        body["notice"] = DEMO_NOTICE
     deliveries = _deliveries()
     if readiness.is_healthy:
         body["busy"] = readiness.state == "busy"
@@ -260,10 +271,13 @@ def _too_large(start: bytes) -> RequestEntityTooLarge:
     return RequestEntityTooLarge(f"the body is larger than {_core().settings.max_body_bytes} bytes (MAX_BODY_BYTES)")
 
 
+_NO_SUCH_JOB = "no job with this id runs here"
+
+
 def cancel(job_id: str) -> tuple[Response, int]:
     """Cancel the running job that has this id; 202 when it runs here, 404 otherwise."""
     if not _core().cancel(job_id):
-        raise NotFound
+        raise NotFoundError(_NO_SUCH_JOB)
     return jsonify({"status": "cancelling", "musetalk_job_id": job_id}), 202
 
 
@@ -271,7 +285,7 @@ def progress(job_id: str) -> Response:
     """Answer with the progress of the running job that has this id; 404 when it does not run here."""
     found = _core().progress_of(job_id)
     if found is None:
-        raise NotFound
+        raise NotFoundError(_NO_SUCH_JOB)
     return jsonify({"musetalk_job_id": job_id, "stage": found.stage, "done": found.done, "total": found.total})
 
 
@@ -312,7 +326,13 @@ def answer_error(error: Exception) -> tuple[Response, int, dict[str, str]]:
     return jsonify(body), status, headers
 
 
-_WITH_OUR_TEXT = (RequestEntityTooLarge, Forbidden, LengthRequired)
+_WITH_OUR_TEXT = (RequestEntityTooLarge, Forbidden, LengthRequired, Unauthorized)
+# The other refusals of Flask are plain RequestErrors.
+_KINDS: Mapping[int, type[RequestError]] = {
+    401: UnauthorizedError,
+    404: NotFoundError,
+    405: MethodNotAllowedError,
+}
 
 
 def _as_our_error(error: HTTPException, status: int) -> MuseTalkError:
@@ -320,7 +340,7 @@ def _as_our_error(error: HTTPException, status: int) -> MuseTalkError:
     text = "the body did not arrive in time" if isinstance(error, ClientDisconnected) else str(error.name)
     if isinstance(error, _WITH_OUR_TEXT) and error.description != type(error).description:
         text = str(error.description)
-    kind = RequestError if status < 500 else ProcessingError
+    kind = _KINDS.get(status, RequestError) if status < 500 else ProcessingError
     ours = kind(text, retryable=status == 408, status_code=status)
     ours.stage = "validation"
     return ours

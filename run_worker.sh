@@ -3,10 +3,39 @@
 # MUSETALK_PYTHON names the interpreter and nothing is installed.
 #   WORKER_PORT=8000 ./run_worker.sh
 #   ./run_worker.sh --demo      start, make the demo video, print its path, end
+#   ./run_worker.sh --help
 # In queue mode it also starts Salad's queue binary, if it is installed, once /hc reports ready. When one of the two ends,
 # the other is stopped. worker/cli/start.py has the order in which SIGTERM stops them, so that no job is refused.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage="usage: run_worker.sh [--help] [--demo] [--config FILE]"
+
+# Before anything is installed.
+for argument in "$@"; do
+  if [ "$argument" = "-h" ] || [ "$argument" = "--help" ]; then
+    cat <<END
+$usage
+
+Start the worker on WORKER_PORT (8000), from the settings in the environment and .env.
+
+  -h, --help     show this text and end
+  --demo         start, make the demo video, print its path, end
+  --config FILE  another configuration of Gunicorn than gunicorn.conf.py
+
+Settings: docs/configuration.md. Page for a quick test: python app.py
+END
+    exit 0
+  fi
+done
+
+case "${1:-}:$#" in
+  :0 | --demo:1 | --config:2 | --config=?*:1) ;;
+  *)
+    printf '%s\nrun_worker.sh: error: wrong arguments: %s\n' "$usage" "$*" >&2
+    exit 2
+    ;;
+esac
 
 if [ -n "${MUSETALK_PYTHON:-}" ]; then
   python="$MUSETALK_PYTHON"

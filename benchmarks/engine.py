@@ -11,7 +11,12 @@ on them.
 
 from __future__ import annotations
 
-import argparse
+from benchmarks import arguments
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and mistyped options are answered at once.
+    arguments.engine(__doc__)
+
 import json
 import time
 from collections.abc import Callable
@@ -23,7 +28,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.networks import (
-    arguments_for,
     build,
     dtype_of,
     machine,
@@ -159,22 +163,9 @@ def table(rates: list[Rate]) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
-    parser = arguments_for(__doc__, "demo")
-    parser.add_argument("--batches", default="", help="comma-separated; default 1,4,8 on a CPU, 1,4,8,16,32 on a GPU")
-    parser.add_argument(
-        "--dtypes", default="", help="default float32,bfloat16 on a CPU, float32,float16,bfloat16 on a GPU"
-    )
-    parser.add_argument("--accelerations", default="", help="default none on a CPU, none,graphs on a GPU")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--profile", action="store_true")
-    return parser.parse_args(arguments)
-
-
 def main() -> None:
     """Measure every combination and print the table."""
-    given = parse_arguments()
+    given = arguments.engine(__doc__)
     device = choose_device(given.device)
     configure_threads(given.threads, device)
     on_gpu = device.type == "cuda"

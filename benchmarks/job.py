@@ -13,6 +13,12 @@ face box, no network.
 
 from __future__ import annotations
 
+from benchmarks import arguments
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and mistyped options are answered at once.
+    arguments.job(__doc__)
+
 import argparse
 import json
 import tempfile
@@ -25,10 +31,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import FRAME_SIZES
 from benchmarks.engine import inputs, launched_ahead, timed
-from benchmarks.material import FRAME_SIZES, centred_box, make_audio, make_clip
+from benchmarks.material import centred_box, make_audio, make_clip
 from benchmarks.measuring import memory
-from benchmarks.networks import arguments_for, build, dtype_of, machine
+from benchmarks.networks import build, dtype_of, machine
 from musetalk.devices import choose_device, choose_dtype, configure_threads
 from musetalk.warming import warm_up
 from musetalk_core import Core
@@ -187,23 +194,9 @@ def row(done: Outcome) -> str:
     )
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
-    parser = arguments_for(__doc__, "demo")
-    parser.add_argument("--dtype", default="", help="default: what a worker would choose")
-    parser.add_argument("--acceleration", choices=["none", "graphs", "compile"], default="none")
-    parser.add_argument("--sizes", default="720p,1080p")
-    parser.add_argument("--seconds", default="10", help="length of the speech, comma-separated")
-    parser.add_argument("--source-seconds", type=float, default=0, help="length of the source; default: the speech's")
-    parser.add_argument("--demo-pair", action="store_true", help="the project's own clip and sentence")
-    parser.add_argument("--jobs", default="cold,warm,repeat", help="which of the three")
-    parser.add_argument("--batch", type=int, default=8)
-    return parser.parse_args(arguments)
-
-
 def main() -> None:
     """Run the jobs and print a line for each."""
-    given = parse_arguments()
+    given = arguments.job(__doc__)
     outcomes: list[Outcome] = []
 
     def report(outcome: Outcome) -> None:

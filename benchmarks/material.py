@@ -16,11 +16,6 @@ from musetalk import media
 from musetalk.frames import BT709, Planes, UInt8Array, bgr_to_planes
 from musetalk.geometry import Box
 
-# Frame size and face size (px) of the synthetic clips.
-FRAME_SIZES: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
-    "720p": ((1280, 720), (250, 255)),
-    "1080p": ((1920, 1080), (375, 375)),
-}
 RATE = Fraction(25)
 AUDIO_RATE = 16_000
 

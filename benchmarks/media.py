@@ -16,7 +16,12 @@ process, with what the imports alone took beside it. No face is looked for, noth
 
 from __future__ import annotations
 
-import argparse
+from benchmarks import arguments
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and mistyped options are answered at once.
+    arguments.media(__doc__)
+
 import copy
 import json
 import shutil
@@ -35,9 +40,10 @@ import cv2
 import numpy as np
 import psutil
 
-from benchmarks.material import FRAME_SIZES, RATE, centred_box, make_audio, make_clip
+from benchmarks.arguments import FRAME_SIZES, PNG_FILTERS
+from benchmarks.material import RATE, centred_box, make_audio, make_clip
 from benchmarks.measuring import cpu_seconds, machine, memory
-from benchmarks.original import PNG_FILTERS, blend_whole, dump_source, encode_again, encode_pictures, read_picture
+from benchmarks.original import blend_whole, dump_source, encode_again, encode_pictures, read_picture
 from musetalk import media
 from musetalk.blending import PastePlan, blend_mask, crop_for_parsing, face_mask, paste_planes
 from musetalk.frames import Matrix, Planes, UInt8Array, planes_to_bgr
@@ -406,39 +412,9 @@ def as_json(results: list[Result], png_filter: str) -> dict[str, Any]:
     return {"machine": machine(), "png_filter": png_filter, "cases": cases}
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; `--side` and `--folder` are for the processes that the benchmark starts itself."""
-    parser = argparse.ArgumentParser(description="Media path of this worker against the original scripts' way.")
-    parser.add_argument("--frames", type=int, default=100, help="output frames of each run")
-    parser.add_argument("--sizes", default="720p,1080p", help="synthetic clips to make, of 720p and 1080p")
-    parser.add_argument("--clip", type=Path, help="a video instead of synthetic clips")
-    parser.add_argument("--audio", type=Path, help="its sound, at least as long as the frames used")
-    parser.add_argument("--face-box", type=parse_box, help="X0,Y0,X1,Y1 in px; default: in the middle")
-    parser.add_argument("--png-filter", choices=PNG_FILTERS, default=PNG_FILTERS[0], help="of upstream's source dump")
-    parser.add_argument("--decoding", action="store_true", help="only: what a decoder in its own process costs")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
-    parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.frames < 1:
-        parser.error("--frames must be at least 1")
-    if (options.clip is None) != (options.audio is None):
-        parser.error("--clip and --audio go together")
-    unknown = set(options.sizes.split(",")) - set(FRAME_SIZES)
-    if unknown:
-        parser.error(f"unknown sizes: {', '.join(sorted(unknown))}")
-    return options
-
-
-def parse_box(text: str) -> Box:
-    """A box of four whole numbers with commas between; raises ValueError for anything else."""
-    x0, y0, x1, y1 = (int(edge) for edge in text.split(","))
-    return Box(x0, y0, x1, y1)
-
-
 def main() -> None:
     """Measure and print; in a child process do one side and print its report as JSON."""
-    options = parse_arguments()
+    options = arguments.media(__doc__)
     if options.side is not None:
         job = Job(options.clip, options.audio, options.folder, options.frames, options.face_box, options.png_filter)
         print(json.dumps(asdict(measure(options.side, job))))

@@ -9,12 +9,10 @@ Full and tiny have no detector (a random one finds nothing): benchmarks give the
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from benchmarks import measuring
+from benchmarks.arguments import Size
 from musetalk.audio import AudioEncoder
 from musetalk.faces import Face, FaceParser
 from musetalk.frames import UInt8Array
@@ -32,9 +31,6 @@ from musetalk.mesh_faces import JawParser
 from musetalk.models import FACE_DTYPE, Models, load_models
 from musetalk.networks.bisenet import BiseNet
 from worker.config import ROOT
-
-Size = Literal["tiny", "demo", "full"]
-SIZES: tuple[Size, ...] = ("tiny", "demo", "full")
 
 _UNET = {
     "sample_size": 64,
@@ -68,16 +64,6 @@ class NoFaces:
     def find(self, frames: Sequence[UInt8Array], *, bbox_shift: int = 0) -> list[Face | None]:  # noqa: ARG002
         """No face anywhere."""
         return [None] * len(frames)
-
-
-def arguments_for(description: str, model: Size) -> argparse.ArgumentParser:
-    """A command line with the options of every benchmark of networks: which ones, on which device, output file."""
-    parser = argparse.ArgumentParser(description=description.split("\n", 1)[0])
-    parser.add_argument("--model", choices=SIZES, default=model)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write all numbers here")
-    return parser
 
 
 def build(size: Size, device: torch.device, dtype: torch.dtype) -> Models:

@@ -15,9 +15,6 @@ from musetalk.blending import blend_mask, face_mask
 from musetalk.frames import UInt8Array
 from musetalk.geometry import Box
 
-# The prediction of FFmpeg's PNG encoder: "none" was its default up to 7.0. With "paeth", the default of 8.0, encoding
-# takes about three times as long; the original is older, so ours is compared with the cheaper one.
-PNG_FILTERS = ("none", "paeth")
 _FIRST_PASS = {"preset": "medium", "crf": "18"}
 _SECOND_PASS = {"preset": "medium", "crf": "23"}
 

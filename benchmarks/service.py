@@ -9,7 +9,12 @@ and in a job under slow connections, half of which send a byte a second and half
 
 from __future__ import annotations
 
-import argparse
+from benchmarks import arguments
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and mistyped options are answered at once.
+    arguments.service(__doc__)
+
 import contextlib
 import json
 import multiprocessing
@@ -102,11 +107,7 @@ def summary(times: list[float]) -> dict[str, float]:
 
 def main() -> None:
     """Run both situations and print them as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=40)
-    parser.add_argument("--hogs", type=int, default=2)
-    parser.add_argument("--slow", type=int, default=500)
-    given = parser.parse_args()
+    given = arguments.service(__doc__)
     with tempfile.TemporaryDirectory() as name, FakeOrchestrator() as orchestrator:
         folder = Path(name)
         (folder / "media").mkdir()

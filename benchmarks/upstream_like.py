@@ -13,6 +13,12 @@ once; both get the face box, so upstream avoids its detection, one frame at a ti
 
 from __future__ import annotations
 
+from benchmarks import arguments
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and mistyped options are answered at once.
+    arguments.upstream_like(__doc__)
+
 import argparse
 import copy
 import json
@@ -28,10 +34,11 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.material import FRAME_SIZES, centred_box, make_audio, make_clip
+from benchmarks.arguments import FRAME_SIZES, PNG_FILTERS
+from benchmarks.material import centred_box, make_audio, make_clip
 from benchmarks.measuring import cpu_seconds, memory
-from benchmarks.networks import arguments_for, build, dtype_of, machine, median, synchronise
-from benchmarks.original import PNG_FILTERS, blend_whole, dump_source, encode_again, encode_pictures, read_picture
+from benchmarks.networks import build, dtype_of, machine, median, synchronise
+from benchmarks.original import blend_whole, dump_source, encode_again, encode_pictures, read_picture
 from musetalk import media
 from musetalk.audio import audio_windows
 from musetalk.avatars import AvatarCache
@@ -190,25 +197,9 @@ def table(size: str, sides: dict[str, Took]) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
-    parser = arguments_for(__doc__, "tiny")
-    parser.add_argument("--dtype", default="float32", help="of both sides")
-    parser.add_argument("--sizes", default="720p,1080p")
-    parser.add_argument("--seconds", type=float, default=4, help="length of the speech")
-    parser.add_argument(
-        "--source-seconds", type=float, default=2, help="length of the source, which plays back and forth"
-    )
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    for hidden in ("--side", "--folder", "--source", "--audio", "--box"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
-
-
 def main() -> None:
     """Alternate the sides, print medians and ratios."""
-    given = parse_arguments()
+    given = arguments.upstream_like(__doc__)
     if given.side:
         box = Box(*(int(edge) for edge in given.box.split(",")))
         task = Task(Path(given.source), Path(given.audio), Path(given.folder), box, given.batch)

@@ -6,6 +6,12 @@ silence. Five-second pieces at 50 states a second are the encoder's window here,
 
 from __future__ import annotations
 
+from demo import arguments
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and mistyped arguments are answered at once.
+    arguments.none("encoder", __doc__)
+
 import multiprocessing
 from pathlib import Path
 from typing import Any

@@ -8,7 +8,12 @@ mouth in each frame. The truth is the portrait drawn with the mouths of the phon
 
 from __future__ import annotations
 
-import argparse
+from demo import arguments
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and mistyped arguments are answered at once.
+    arguments.evaluate(__doc__)
+
 import json
 import tempfile
 import time
@@ -259,13 +264,7 @@ def sheet(frames: Frames, columns: int, size: int) -> NDArray[np.uint8]:
 
 def main() -> None:
     """Print all figures as JSON; with --sheets also write contact sheets."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sheets", type=Path)
-    parser.add_argument("--human", type=Path, help="a human recording")
-    parser.add_argument("--faces", type=Path, nargs="*", default=[], help="photos or videos to look at")
-    parser.add_argument("--strangers", type=int, default=0, help="that many drawn people besides the avatar")
-    parser.add_argument("--make-held-out", action="store_true", help="speak the held-out sentences again")
-    given = parser.parse_args()
+    given = arguments.evaluate(__doc__)
     if given.make_held_out:
         make_held_out()
         return

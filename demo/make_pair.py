@@ -5,6 +5,12 @@ python -m demo.make_pair            # writes demo/media/avatar.mp4 and demo/medi
 
 from __future__ import annotations
 
+from demo import arguments
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and mistyped arguments are answered at once.
+    arguments.none("make_pair", __doc__)
+
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction

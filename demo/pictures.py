@@ -6,6 +6,12 @@ shaken a little, because a landmark finder is never quite right.
 
 from __future__ import annotations
 
+from demo import arguments
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and mistyped arguments are answered at once.
+    arguments.none("pictures", __doc__)
+
 import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import secrets
@@ -18,8 +19,13 @@ from typing import Any
 import requests
 from tqdm import tqdm
 
-from demo.make_pair import AVATAR, MEDIA, SPEECH
-from worker.config import ROOT
+from musetalk.errors import SettingsError
+from worker.config import ROOT, load_settings
+from worker.jobs import DEMO_NOTICE
+
+# As in demo.make_pair, whose imports take seconds.
+MEDIA = ROOT / "demo" / "media"
+AVATAR, SPEECH = MEDIA / "avatar.mp4", MEDIA / "speech.flac"
 
 START_LIMIT_S = 180
 
@@ -68,8 +74,22 @@ def bound_socket(port: int) -> socket.socket:
     return listener
 
 
-def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> dict[str, Any]:
-    """Wait for /hc to be 200 and return its body; exits when the worker cannot start."""
+def reason_in(log: str) -> str | None:
+    """The reason of a failed start: the last error in the log of the worker, as JSON or as a line of text."""
+    for line in reversed(log.splitlines()):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and entry.get("severity") in ("error", "critical"):
+            return str(entry.get("reason") or entry.get("message"))
+    return None
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], url: str, log_path: Path) -> dict[str, Any]:
+    """Wait for /hc to be 200 and return its body; exits with the reason when the worker cannot start."""
     ends = time.monotonic() + START_LIMIT_S
     body: dict[str, Any] = {}
     while server.poll() is None and time.monotonic() < ends:
@@ -84,33 +104,49 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> dict[str, Any
         if body.get("status") == "failed":
             break
         time.sleep(0.1)
-    raise SystemExit(f"error: the worker did not start: {body.get('reason', 'see its log')}")
+    if server.poll() is None and body.get("status") != "failed":
+        raise SystemExit(f"error: the worker was not ready after {START_LIMIT_S} s: {body.get('reason', 'no answer')}")
+    log = log_path.read_text(encoding="utf-8", errors="replace")
+    reason = body.get("reason") if body.get("status") == "failed" else reason_in(log)
+    raise SystemExit(f"error: the worker did not start: {reason or f'its process ended with {server.poll()}'}")
 
 
 def main() -> int:
-    """Run the demo; returns the exit status."""
-    bar: tqdm[Any] = tqdm(total=100, desc="starting", bar_format="{desc:12} {bar} {n:3.0f}%", file=sys.stderr)
-    progress = Progress(bar)
-    listener = bound_socket(int(os.environ.get("WORKER_PORT") or 0))
-    port = int(listener.getsockname()[1])
-    log_path = ROOT / "work" / "demo.log"
-    log_path.parent.mkdir(exist_ok=True)
+    """Run the demo; returns the exit status (2: wrong settings)."""
+    argparse.ArgumentParser(
+        prog="run_worker.sh --demo",
+        description="Start the worker, make the demo video, print its path, end. Settings come from the environment.",
+    ).parse_args()
     environment = {
         **os.environ,
-        "WORKER_PORT": str(port),
         "WORKER_HOST": "127.0.0.1",
         "WORKER_MODE": "queue",
         "MUSETALK_MODEL": os.environ.get("MUSETALK_MODEL") or "demo",
-        "ORCHESTRATOR_BASE_URL": progress.url,
-        "INTERNAL_API_KEY": secrets.token_hex(8),
         # The demo is of this machine alone: no orchestrator, no bucket, no folder of a worker that runs beside it.
         "MUSETALK_ENV_FILE": "none",
-        "WORK_DIR": str(log_path.with_suffix("")),
         "ALLOW_FILE_URLS": "1",
         "FILE_URL_ROOTS": str(MEDIA),
     }
-    for name in ("BUFFER_WORKER_ID", "B2_KEY_ID", "B2_APP_KEY", "B2_BUCKET_NAME"):
+    elsewhere = ("ORCHESTRATOR_BASE_URL", "INTERNAL_API_KEY", "WORK_DIR", "BUFFER_WORKER_ID")
+    for name in (*elsewhere, "B2_KEY_ID", "B2_APP_KEY", "B2_BUCKET_NAME"):
         environment.pop(name, None)
+    try:
+        settings = load_settings(environment, None)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    listener = bound_socket(settings.port if os.environ.get("WORKER_PORT") else 0)
+    bar: tqdm[Any] = tqdm(total=100, desc="starting", bar_format="{desc:12} {bar} {n:3.0f}%", file=sys.stderr)
+    progress = Progress(bar)
+    port = int(listener.getsockname()[1])
+    log_path = ROOT / "work" / "demo.log"
+    log_path.parent.mkdir(exist_ok=True)
+    environment |= {
+        "WORKER_PORT": str(port),
+        "ORCHESTRATOR_BASE_URL": progress.url,
+        "INTERNAL_API_KEY": secrets.token_hex(8),
+        "WORK_DIR": str(log_path.with_suffix("")),
+    }
     with log_path.open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py", "--bind", f"fd://{listener.fileno()}"],
@@ -123,7 +159,7 @@ def main() -> int:
     listener.close()
     try:
         url = f"http://127.0.0.1:{port}"
-        health = wait_until_ready(server, url)
+        health = wait_until_ready(server, url, log_path)
         job = {"musetalk_job_id": "demo", "video_url": AVATAR.as_uri(), "audio_url": SPEECH.as_uri()}
         begun = time.monotonic()
         answer = requests.post(f"{url}/generate", json=job, timeout=3600).json()
@@ -144,8 +180,10 @@ def main() -> int:
         f"{video['frames']} frames in {taken:.1f} s ({video['frames'] / taken:.1f} a second), model {health['model']}",
         file=sys.stderr,
     )
+    if health["model"] == "demo":
+        print(f"note: {DEMO_NOTICE}", file=sys.stderr)
     name = str(answer["output_url"]).rsplit("/", 1)[1]
-    local = Path(os.environ.get("OUTPUT_DIR") or "outputs")
+    local = settings.output_dir
     path = (ROOT / local / name).resolve()
     print(path if path.is_file() else answer["output_url"])
     return 0

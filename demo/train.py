@@ -9,7 +9,12 @@ Needs the Debian packages espeak-ng, libespeak-ng1 and flite.
 
 from __future__ import annotations
 
-import argparse
+from demo import arguments
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and mistyped arguments are answered at once.
+    arguments.train(__doc__)
+
 import platform
 import sys
 
@@ -21,19 +26,13 @@ from demo import encoder, pictures, unet, vae
 from demo.export import export
 from demo.stages import BUILD
 
-STAGES = ("encoder", "pictures", "vae", "unet", "export")
 ENCODER_STEPS, VAE_STEPS, UNET_STEPS, PIXEL_STEPS = 4000, 1800, 2400, 300
 
 
 def main() -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", help=f"some of {', '.join(STAGES)}; none means all")
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    stages = given.stages or list(STAGES)
-    if unknown := [name for name in stages if name not in STAGES]:
-        parser.error(f"no such stage: {', '.join(unknown)}")
+    given = arguments.train(__doc__)
+    stages = given.stages
     torch.set_num_threads(given.threads)
     print(
         f"python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, "

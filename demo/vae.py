@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from demo import arguments
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and mistyped arguments are answered at once.
+    arguments.vae(__doc__)
+
 from typing import Any
 
 import numpy as np
@@ -146,7 +152,6 @@ def freeze(network: nn.Module) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
-    torch.set_num_threads(int(sys.argv[2]) if len(sys.argv) > 2 else 1)
-    run(int(sys.argv[1]) if len(sys.argv) > 1 else 2000)
+    given = arguments.vae(__doc__)
+    torch.set_num_threads(given.threads)
+    run(given.steps)

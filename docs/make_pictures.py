@@ -6,11 +6,18 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and mistyped options are answered at once.
+    _parser = argparse.ArgumentParser(prog="python -m docs.make_pictures", description="Draw the documents' pictures.")
+    _parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent / "pictures")
+    _GIVEN = _parser.parse_args()
+
 import tempfile
 import wave
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import av
@@ -104,11 +111,8 @@ def liveliest(frames: list[Picture], count: int) -> list[int]:
     return sorted(chosen)
 
 
-def main() -> None:
-    """Make every picture."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent / "pictures")
-    folder = parser.parse_args().folder
+def main(folder: Path) -> None:
+    """Make every picture, in `folder`."""
     folder.mkdir(exist_ok=True)
     # In the precision a worker would choose here.
     device = torch.device("cpu")
@@ -259,4 +263,4 @@ _COMPARED: dict[str, list[dict[str, Any]]] = {
 
 
 if __name__ == "__main__":
-    main()
+    main(_GIVEN.folder)

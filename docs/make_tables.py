@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -126,6 +127,9 @@ def with_tables(document: str, text: str) -> str:
 
 def main() -> None:
     """Renew every place and `.env.example`."""
+    argparse.ArgumentParser(
+        prog="python -m docs.make_tables", description=(__doc__ or "").split("\n", 1)[0]
+    ).parse_args()
     for document in PLACES:
         path = ROOT / document
         path.write_text(with_tables(document, path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -5,6 +5,9 @@
     │   ├── DownloadError     an address could not be turned into a file
     │   ├── NoFaceError       no frame of the source shows a face
     │   └── RequestError      the request itself: missing or malformed field
+    │       ├── UnauthorizedError      it lacks the key
+    │       ├── NotFoundError          no such route, job or file
+    │       └── MethodNotAllowedError  the route exists, with other methods
     ├── ProcessingError       caused by the worker or something it depends on
     │   ├── WeightsError      a model file is missing, cut short or of another network
     │   ├── EncodeError       the output could not be written or failed its check
@@ -61,6 +64,24 @@ class NoFaceError(MediaError):
 
 class RequestError(MediaError):
     """The request is invalid: a field is missing, malformed or out of range."""
+
+
+class UnauthorizedError(RequestError):
+    """The request lacks the right key."""
+
+    error_type = "unauthorized"
+
+
+class NotFoundError(RequestError):
+    """The request names a route, a job or a file that this worker does not have."""
+
+    error_type = "not_found"
+
+
+class MethodNotAllowedError(RequestError):
+    """The route exists, but not with this method."""
+
+    error_type = "method_not_allowed"
 
 
 class ProcessingError(MuseTalkError):

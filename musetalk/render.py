@@ -77,6 +77,7 @@ class Preview:
     index: int
     time_s: float
     warnings: tuple[str, ...] = ()
+    model: str = ""
 
     def save(self, path: Path) -> None:
         """Write it as PNG or JPEG, by the name. Raises EncodeError or DiskFullError."""
@@ -346,6 +347,7 @@ class RenderSession:
             index,
             float(index / self._source.rate),
             self._all_warnings(),
+            self.models.version,
         )
 
     def _records(self, store: FrameStore) -> Generator[Record, None, None] | BackgroundReader[Record]:

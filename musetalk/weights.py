@@ -6,10 +6,16 @@ source. Knows no networks. `python -m musetalk.weights` fetches, verifies and co
 
 from __future__ import annotations
 
+import runpy
+
+if __name__ == "__main__":
+    # The command reads settings, which the model must not know. Starting it by name avoids an import of a higher layer.
+    # Before torch is imported, because most calls do not need it.
+    runpy.run_module("worker.cli.weights", run_name="__main__")
+
 import json
 import math
 import pickle
-import runpy
 import struct
 import tarfile
 import zipfile
@@ -327,8 +333,3 @@ def loading(name: str) -> Iterator[None]:
         raise WeightsError(f"{name} cannot be loaded ({_first_line(error)}){_advice(Path(name))}", file=name) from None
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{name} cannot be read ({_first_line(error)}){_advice(Path(name))}", file=name) from None
-
-
-if __name__ == "__main__":
-    # The command reads settings, which the model must not know. Starting it by name avoids an import of a higher layer.
-    runpy.run_module("worker.cli.weights", run_name="__main__")

@@ -6,6 +6,7 @@ Only the unmistakable phrases are refused here; the rest of plain English is a r
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def texts() -> Iterator[Path]:
 
 def main() -> int:
     """Print all findings; return 1 if there is one."""
+    argparse.ArgumentParser(prog="python -m tests.language", description=(__doc__ or "").split("\n", 1)[0]).parse_args()
     n_found = 0
     for path in texts():
         for line, phrase, instead in findings(path.read_text(encoding="utf-8")):

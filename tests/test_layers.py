@@ -53,9 +53,14 @@ ALLOWED: dict[str, set[str]] = {
     "worker/cli/start": {*BASE, "worker/config"},
     # Runs alone while the image is built.
     "worker/cli/salad_binary": set(),
+    "worker/cli/tasks": {*BASE, "musetalk/output_geometry", "worker/jobs"},
+    "worker/cli/reports": {
+        *MODEL,
+        *(f"worker/{name}" for name in ("engine", "jobs", "cli/tasks", "cli/weights")),
+    },
     "worker/cli/render": {
         *MODEL,
-        *(f"worker/{name}" for name in ("config", "engine", "jobs", "telemetry", "cli/weights")),
+        *(f"worker/{name}" for name in ("config", "engine", "jobs", "telemetry", "cli/reports", "cli/tasks")),
     },
     "storage": {*BASE, "worker/config", "worker/stored", "worker/backblaze"},
     "musetalk_core": {

@@ -16,9 +16,12 @@ from typing import Any, Literal, get_args
 from musetalk.errors import (
     JobCancelledError,
     MediaError,
+    MethodNotAllowedError,
     MuseTalkError,
+    NotFoundError,
     RequestError,
     ShutdownError,
+    UnauthorizedError,
     UnavailableError,
 )
 from musetalk.options import LoopMode, MaskMode, RenderOptions, SilenceMode
@@ -379,14 +382,26 @@ def _rendering_s(stage_times: Mapping[str, float]) -> float:
     return sum(stage_times.get(stage, 0.0) for stage in ("preprocessing", "inference", "postprocessing"))
 
 
+# For the health route and the last line of the command line.
+DEMO_NOTICE = (
+    "this is the small demo model, made for the demo portrait; get the official one with "
+    "`.venv/bin/python -m musetalk.weights fetch` (docs/weights.md)"
+)
+
 # 4xx is final for Salad's queue and for the orchestrator, 5xx may be retried. The nearest class in an error's ancestry
 # counts; classes that are not listed are 500.
 HTTP_STATUSES: dict[type[MuseTalkError], int] = {
     MediaError: 422,
+    UnauthorizedError: 401,
+    NotFoundError: 404,
+    MethodNotAllowedError: 405,
     JobCancelledError: 409,
     ShutdownError: 503,
     UnavailableError: 503,
 }
+# Values of `error_type` in a body; the last one stands for errors that nobody raised on purpose.
+_BODIES: tuple[type[MuseTalkError], ...] = (*HTTP_STATUSES, MuseTalkError)
+ERROR_TYPES = tuple(dict.fromkeys(kind.error_type for kind in _BODIES))
 
 
 def http_status(error: BaseException) -> int:

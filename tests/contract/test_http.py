@@ -63,6 +63,12 @@ def test_health_says_why_it_is_not_ready(client: FlaskClient, core: ScriptedCore
     assert answer.json == {"status": state, "model": None, "reason": "the reason"}
 
 
+def test_the_health_says_how_to_replace_the_demo_model(client: FlaskClient, core: ScriptedCore) -> None:
+    assert "notice" not in body_of(client.get("/hc"))
+    core.state = Readiness("ready", "demo")
+    assert "musetalk.weights fetch" in body_of(client.get("/hc"))["notice"]
+
+
 def test_a_good_job_is_answered_with_its_result(client: FlaskClient, core: ScriptedCore) -> None:
     core.outcome = a_result()
     answer = client.post("/generate", json=GOOD, headers={"Salad-Job-Id": "queue-7"})
@@ -127,12 +133,23 @@ def test_a_body_that_is_no_job_is_422_json(client: FlaskClient, core: ScriptedCo
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/generate", 405), ("POST", "/hc", 405), ("GET", "/nothing", 404), ("GET", "/outputs/none.mp4", 404)],
+    [
+        ("GET", "/generate", 405),
+        ("POST", "/hc", 405),
+        ("GET", "/nothing", 404),
+        ("GET", "/outputs/none.mp4", 404),
+        ("GET", "/generate/none", 404),
+        ("DELETE", "/generate/none", 404),
+    ],
 )
-def test_http_errors_are_json_too(client: FlaskClient, method: str, path: str, status: int) -> None:
+def test_http_errors_are_json_with_a_type_of_their_own(
+    client: FlaskClient, method: str, path: str, status: int
+) -> None:
     answer = client.open(path, method=method)
     assert answer.status_code == status
     assert body_of(answer)["status"] == "failed"
+    assert body_of(answer)["error_type"] == {404: "not_found", 405: "method_not_allowed"}[status]
+    assert body_of(answer)["retryable"] is False
     if status == 405:
         assert answer.headers["Allow"]
 
@@ -348,6 +365,8 @@ def test_others_without_the_right_key_are_refused(
         answer = client.open(path, method=method, json=GOOD, headers=headers, environ_base={"REMOTE_ADDR": address})
         assert answer.status_code == 401, path
         assert body_of(answer)["status"] == "failed"
+        assert body_of(answer)["error_type"] == "unauthorized"
+        assert "X-Internal-API-Key" in body_of(answer)["error_message"]
     assert core.jobs == []
 
 

@@ -275,7 +275,7 @@ def test_the_table_of_statuses_is_that_of_the_code() -> None:
     documented = {(int(status), kind) for statuses, kind in rows for status in statuses.split(", ")}
     ours = {(status, kind.error_type) for kind, status in HTTP_STATUSES.items()}
     # What Flask answers itself, and what is not in the table of statuses.
-    assert documented == ours | {(s, "media_error") for s in (401, 403, 404, 405, 408, 411, 413)} | {
+    assert documented == ours | {(s, "media_error") for s in (403, 408, 411, 413)} | {
         (500, "processing_error"),
         (500, "unknown_error"),
     }

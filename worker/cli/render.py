@@ -1,20 +1,19 @@
-"""One video for a person: `python musetalk_core.py SOURCE AUDIO OUTPUT` with a progress bar and a summary."""
+"""Videos for a person: `python musetalk_core.py SOURCE AUDIO OUTPUT`, several AUDIO files, or a list, loaded once."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from musetalk.errors import MuseTalkError, RequestError
-from worker.cli.weights import progress_on_stderr
+from musetalk.errors import MuseTalkError
+from worker.cli.reports import Report, print_error
+from worker.cli.tasks import Common, Task, check_paths, exit_status, inputs_of, params_from, read_list, tasks_of
 from worker.config import Settings, load_settings
 from worker.engine import Rendered, check_inputs
-from worker.jobs import JobParams, Stage, parse_params
+from worker.jobs import JobParams, Stage
 from worker.telemetry import configure_logging
 
 if TYPE_CHECKING:
@@ -61,11 +60,28 @@ class RendererFactory(Protocol):
         """A core that has not loaded anything yet."""
 
 
+_USAGE = """musetalk_core.py [options] SOURCE AUDIO OUTPUT
+       musetalk_core.py [options] SOURCE AUDIO AUDIO... FOLDER
+       musetalk_core.py [options] --list FILE"""
+_EPILOG = """exit status: 0 made, 2 wrong usage or settings, 3 an input is at fault, 4 the machine is at fault,
+130 stopped by Ctrl-C. Of several videos the highest status counts; the others are still made."""
+
+
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Lip-sync SOURCE (video or still) to AUDIO and write the MP4 OUTPUT.")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("audio", type=Path)
-    parser.add_argument("output", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="musetalk_core.py",
+        usage=_USAGE,
+        description="Lip-sync SOURCE (video or still) to AUDIO and write the MP4 OUTPUT.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="SOURCE, one AUDIO or more, OUTPUT")
+    parser.add_argument(
+        "--list",
+        type=Path,
+        metavar="FILE",
+        help="make many videos: CSV with a header or JSON lines, with source, audio, output, and if wanted params, "
+        "aspect_ratio, resolution; paths are relative to the folder of FILE",
+    )
     parser.add_argument(
         "--param",
         action="append",
@@ -81,29 +97,26 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--aspect-ratio", help="crop around the face to a:b")
     parser.add_argument("--resolution", help="Np (short side) or WxH")
-    given = parser.parse_args(arguments)
-    if given.preview is not None:
-        _check_picture_name(parser, given.output)
+    parser.add_argument("--overwrite", action="store_true", help="replace an OUTPUT that exists")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary; errors and warnings only")
+    parser.add_argument("--json", action="store_true", help="one JSON object a video on stdout instead of the summary")
+    # Options may stand between the paths.
+    given = parser.parse_intermixed_args(arguments)
+    _check_form(parser, given)
     return given
 
 
-def _check_paths(given: argparse.Namespace) -> None:
-    """Raise RequestError that names the path which makes the call useless; nothing is loaded before."""
-    for name in ("source", "audio"):
-        path: Path = getattr(given, name)
-        if not path.exists():
-            raise RequestError(f"{name.upper()} does not exist: {path}", field=name)
-        if not path.is_file():
-            raise RequestError(f"{name.upper()} is not a file: {path}", field=name)
-        if given.output.exists() and given.output.samefile(path):
-            raise RequestError(f"OUTPUT is {name.upper()} itself and would replace it: {path}", field="output")
-    if given.output.is_dir():
-        raise RequestError(f"OUTPUT is a folder: {given.output}", field="output")
-    folder = given.output.parent
-    if not folder.is_dir():
-        raise RequestError(f"the folder of OUTPUT does not exist: {folder}", field="output")
-    if not os.access(folder, os.W_OK):
-        raise RequestError(f"the folder of OUTPUT cannot be written to: {folder}", field="output")
+def _check_form(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """End with a usage error for arguments that do not go together."""
+    if given.list is not None and given.paths:
+        parser.error("--list names the files; give no SOURCE, AUDIO or OUTPUT beside it")
+    if given.list is None and len(given.paths) < 3:
+        parser.error("SOURCE, AUDIO and OUTPUT are required")
+    if given.preview is None:
+        return
+    if given.list is not None or len(given.paths) > 3:
+        parser.error("--preview makes one picture: give one SOURCE, one AUDIO and one OUTPUT")
+    _check_picture_name(parser, given.paths[-1])
 
 
 def _check_picture_name(parser: argparse.ArgumentParser, output: Path) -> None:
@@ -114,97 +127,98 @@ def _check_picture_name(parser: argparse.ArgumentParser, output: Path) -> None:
         parser.error(f"with --preview OUTPUT ends in {', '.join(PICTURE_SUFFIXES)}")
 
 
-def _params_from(pairs: Sequence[str]) -> JobParams:
-    raw: dict[str, object] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise SystemExit(f"--param needs NAME=VALUE, not {pair!r}")
-        try:
-            raw[name.replace("-", "_")] = json.loads(text)
-        except ValueError:
-            raw[name.replace("-", "_")] = text
-    params = parse_params(raw)
-    if params.ignored:
-        raise SystemExit(f"unknown --param: {', '.join(params.ignored)}")
-    return params
+def _tasks(given: argparse.Namespace) -> list[Task]:
+    common = Common(params_from(given.param), given.aspect_ratio, given.resolution)
+    if given.list is not None:
+        return read_list(given.list, common)
+    source, *audios, output = given.paths
+    return tasks_of(source, audios, output, common)
 
 
 def main(make_core: RendererFactory, arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status (0 made, 1 could not be made)."""
+    """Run the command line; return the exit status (0 made, 2 usage, 3 input, 4 machine, 130 interrupted)."""
     configure_logging("warning", sys.stderr)
     given = _parse_arguments(arguments)
     try:
-        params = _params_from(given.param)
-        _check_paths(given)
+        tasks = _tasks(given)
         settings = load_settings()
+    except MuseTalkError as error:
+        print_error(error)
+        return exit_status(error)
+    report = Report(len(tasks), as_json=given.json, is_quiet=given.quiet)
+    try:
         # Before gigabytes are loaded, or fetched, for a name mistyped.
-        check_inputs(settings, given.source, given.audio)
-        print(f"loading the models from {settings.models_dir}", file=sys.stderr)
-        with progress_on_stderr() as watcher:
+        status, usable = _checked(settings, tasks, given, report)
+        if usable:
+            status = max(status, _make_all(make_core, settings, usable, given.preview, report))
+    except KeyboardInterrupt:
+        made = f"{report.n_made} of {len(tasks)} videos were made" if len(tasks) > 1 else "no file was written"
+        print(f"stopped; {made}", file=sys.stderr)
+        return 130
+    report.end()
+    return status
+
+
+def _checked(
+    settings: Settings, tasks: Sequence[Task], given: argparse.Namespace, report: Report
+) -> tuple[int, list[Task]]:
+    """Report the tasks that cannot be made; return the worst status and the others."""
+    worst, usable, inputs = 0, [], inputs_of(tasks)
+    for task in tasks:
+        try:
+            check_paths(task, inputs, may_replace=given.overwrite)
+            check_inputs(settings, task.source, task.audio)
+            usable.append(task)
+        except MuseTalkError as error:
+            worst = max(worst, report.failed(task, error))
+    return worst, usable
+
+
+def _make_all(
+    make_core: RendererFactory, settings: Settings, tasks: Sequence[Task], preview_s: float | None, report: Report
+) -> int:
+    """Load the models and make every task; return the worst status."""
+    try:
+        with report.loading(settings.models_dir) as watcher:
             core = make_core(settings, fetch_watcher=watcher)
             core.load()
-        if given.preview is None:
-            _print_summary(given.output, _render(core, given, params))
-        else:
-            _preview(core, given, params)
     except MuseTalkError as error:
-        print(f"error{f' in {error.stage}' if error.stage else ''}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; no file was written", file=sys.stderr)
-        return 130
-    return 0
+        return report.all_failed(tasks, error)
+    worst = 0
+    for number, task in enumerate(tasks, 1):
+        try:
+            if task.makes_folder:
+                task.output.parent.mkdir(exist_ok=True)
+            if preview_s is None:
+                report.made(task, _render(core, task, number, report))
+            else:
+                report.pictured(task, _preview(core, task, preview_s))
+        except Exception as error:  # noqa: BLE001 - reported with its trace; the other videos are still made
+            worst = max(worst, report.failed(task, error))
+    return worst
 
 
-def _render(core: Renderer, given: argparse.Namespace, params: JobParams) -> Rendered:
-    from tqdm import tqdm
-
-    with tqdm(unit="frame", desc="validation", file=sys.stderr, dynamic_ncols=True) as bar:
-
-        def show(stage: Stage, done: int, total: int) -> None:
-            bar.set_description(stage)
-            if stage == "inference":
-                bar.total = total
-                bar.update(done - bar.n)
-
+def _render(core: Renderer, task: Task, number: int, report: Report) -> Rendered:
+    with report.progress(number) as show:
         return core.render(
-            given.source,
-            given.audio,
-            given.output,
-            params,
-            aspect_ratio=given.aspect_ratio,
-            resolution=given.resolution,
+            task.source,
+            task.audio,
+            task.output,
+            task.params,
+            aspect_ratio=task.aspect_ratio,
+            resolution=task.resolution,
             on_progress=show,
         )
 
 
-def _preview(core: Renderer, given: argparse.Namespace, params: JobParams) -> None:
+def _preview(core: Renderer, task: Task, time_s: float) -> Preview:
     preview = core.preview(
-        given.source,
-        given.audio,
-        given.preview,
-        params,
-        aspect_ratio=given.aspect_ratio,
-        resolution=given.resolution,
+        task.source,
+        task.audio,
+        time_s,
+        task.params,
+        aspect_ratio=task.aspect_ratio,
+        resolution=task.resolution,
     )
-    preview.save(given.output)
-    print(f"{given.output}: frame {preview.index}, shown at {preview.time_s:.3f} s")
-    for warning in preview.warnings:
-        print(f"warning: {warning}")
-
-
-def _print_summary(output: Path, rendered: Rendered) -> None:
-    summary, clock = rendered.summary, rendered.clock
-    print(
-        f"{output}: {summary.n_frames} frames, {summary.width}x{summary.height}, {float(summary.rate):.3f} fps, "
-        f"{summary.duration_s:.3f} s, model {summary.model}"
-    )
-    print(
-        f"source frames {summary.n_source_frames}, without a face {summary.n_without_face}, "
-        f"interpolated {summary.n_interpolated}"
-    )
-    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in clock.seconds.items())
-    print(f"{stages}; {summary.n_frames / max(clock.total_s, 1e-9):.2f} frames a second in all")
-    for warning in summary.warnings:
-        print(f"warning: {warning}")
+    preview.save(task.output)
+    return preview

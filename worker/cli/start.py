@@ -7,6 +7,7 @@ finish it, waits until the binary has passed the answer on, and stops the binary
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -147,14 +148,29 @@ def _has_work(health: dict[str, Any]) -> bool:
     return bool(health.get("busy") or health.get("delivering"))
 
 
+def _configuration() -> str:
+    """The file of Gunicorn's settings, from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m worker.cli.start",
+        description="Start the worker, and in queue mode Salad's queue binary beside it; run_worker.sh calls this. "
+        "Settings come from the environment and .env.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", default="gunicorn.conf.py", metavar="FILE", help="Gunicorn's configuration (gunicorn.conf.py)"
+    )
+    return str(parser.parse_args().config)
+
+
 def main() -> int:
-    """Start what the settings ask for; return the exit status (2: wrong settings)."""
+    """Start what the settings ask for; return the exit status (2: wrong settings or arguments)."""
+    configuration = _configuration()
     try:
         settings = load_settings()
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    server = [sys.executable, "-m", "gunicorn", "--config", "gunicorn.conf.py", *sys.argv[1:]]
+    server = [sys.executable, "-m", "gunicorn", "--config", configuration]
     binary = None if settings.is_buffer_mode else shutil.which(settings.salad_queue_worker)
     if binary is None:
         if not settings.is_buffer_mode:

@@ -23,7 +23,7 @@ from worker.config import Settings, load_settings
 _STEP_PERCENT = 10
 
 
-def _parse_arguments(arguments: Sequence[str] | None, settings: Settings) -> argparse.Namespace:
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m musetalk.weights",
         description="Fetch the official weights, check them, or convert them to half-size safetensors files.",
@@ -39,12 +39,9 @@ def _parse_arguments(arguments: Sequence[str] | None, settings: Settings) -> arg
         command.add_argument(
             "--version",
             choices=manifest.OFFICIAL,
-            default="v1" if settings.model == "v1" else "v15",
-            help="which model",
+            help="which model (default: MUSETALK_MODEL, else v15)",
         )
-        command.add_argument(
-            "--models-dir", type=Path, default=settings.models_dir, help="the folder (default: MUSETALK_MODELS_DIR)"
-        )
+        command.add_argument("--models-dir", type=Path, help="the folder (default: MUSETALK_MODELS_DIR)")
         if name == "fetch":
             command.add_argument("--convert", action="store_true", help="convert afterwards")
         if name != "verify":
@@ -124,8 +121,11 @@ def _verify(given: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status (0 done, 1 failed, 130 interrupted)."""
     try:
+        # First, so that wrong settings hide no help.
+        given = _parse_arguments(arguments)
         settings = load_settings()
-        given = _parse_arguments(arguments, settings)
+        given.version = given.version or ("v1" if settings.model == "v1" else "v15")
+        given.models_dir = given.models_dir or settings.models_dir
         if given.command == "verify":
             return _verify(given)
         return _fetch(given, settings) if given.command == "fetch" else _convert(given)

@@ -37,7 +37,7 @@ def check(request: Request, settings: Settings, *, is_open: bool) -> None:
     if is_open or has_key:
         return
     if key and not is_local:
-        raise Unauthorized
+        raise Unauthorized("the header X-Internal-API-Key must contain this worker's INTERNAL_API_KEY")
     if not is_known_host(request.environ.get("HTTP_HOST"), settings):
         raise Forbidden(
             "this server does not know the name it was called by; send the key, or add the name to ALLOWED_HOSTS"

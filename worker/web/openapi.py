@@ -5,7 +5,15 @@ Knows the wire, no Flask.
 
 from __future__ import annotations
 
-from worker.jobs import ALWAYS_REPORTED, MAX_ID_LENGTH, MAX_TEXT_LENGTH, MAX_URL_LENGTH, PARAMS, STAGES
+from worker.jobs import (
+    ALWAYS_REPORTED,
+    ERROR_TYPES,
+    MAX_ID_LENGTH,
+    MAX_TEXT_LENGTH,
+    MAX_URL_LENGTH,
+    PARAMS,
+    STAGES,
+)
 
 Json = dict[str, object]
 
@@ -108,7 +116,7 @@ def failure_schema() -> Json:
         "required": ["status", "error_type", "error_message", "error", "stage", "details", "retryable", "stage_times"],
         "properties": {
             "status": {"const": "failed"},
-            "error_type": {"enum": ["media_error", "processing_error", "unknown_error"]},
+            "error_type": {"enum": [*ERROR_TYPES]},
             "error_message": _TEXT,
             "error": _TEXT,
             "stage": {"enum": [*STAGES, "unknown"]},
@@ -132,6 +140,7 @@ def health_schema() -> Json:
             "busy": {"type": "boolean", "description": "With draining: the answer of the last job is not sent yet."},
             "delivering": {"type": "boolean", "description": "A job was answered within the last second."},
             "reason": {"type": ["string", "null"]},
+            "notice": {"type": "string", "description": "With the demo model: how to get the official one."},
         },
     }
 
@@ -175,7 +184,7 @@ def _generate() -> Json:
         "responses": {
             "200": _json("The video is stored", _ref("Result")),
             **_failures(
-                (401, "The key is missing or wrong"),
+                (401, "The header X-Internal-API-Key is missing or wrong"),
                 (403, "The request comes from a page of another site, or names the server in an unknown way"),
                 (408, "The body did not arrive in time"),
                 (409, "The job was cancelled"),
@@ -223,7 +232,7 @@ def _progress() -> Json:
         "parameters": [{"name": "job_id", "in": "path", "required": True, "schema": _TEXT}],
         "responses": {
             "200": _json("It runs", body),
-            **_failures((401, "The key is missing or wrong"), (404, "No such job runs here")),
+            **_failures((401, "The header X-Internal-API-Key is missing or wrong"), (404, "No such job runs here")),
         },
     }
 
@@ -234,7 +243,7 @@ def _cancel() -> Json:
         "parameters": [{"name": "job_id", "in": "path", "required": True, "schema": _TEXT}],
         "responses": {
             "202": _json("It stops within one chunk", {"type": "object"}),
-            **_failures((401, "The key is missing or wrong"), (404, "No such job runs here")),
+            **_failures((401, "The header X-Internal-API-Key is missing or wrong"), (404, "No such job runs here")),
         },
     }
 
@@ -245,6 +254,6 @@ def _output() -> Json:
         "parameters": [{"name": "name", "in": "path", "required": True, "schema": _TEXT}],
         "responses": {
             "200": {"description": "The file", "content": {"video/mp4": {}, "application/json": {}}},
-            **_failures((401, "The key is missing or wrong"), (404, "No such file")),
+            **_failures((401, "The header X-Internal-API-Key is missing or wrong"), (404, "No such file")),
         },
     }
