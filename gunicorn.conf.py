@@ -135,7 +135,7 @@ def post_worker_init(worker: Any) -> None:
 def worker_exit(_server: Any, _worker: Any) -> None:
     """Wait for the claim loop: the lifecycle stops its running job in time, its last report is sent here."""
     from poller import running
-    from worker.orchestrator import wait_for_last_reports
+    from worker.progress_sender import wait_for_last_reports
 
     # The answers of queue mode do not wait for these.
     wait_for_last_reports(LAST_PROGRESS_S)

@@ -20,19 +20,20 @@ from worker.jobs import Job, JobResult, check_id, error_body, parse_job
 from worker.orchestrator import (
     Orchestrator,
     OrchestratorSettings,
-    ProgressSender,
     Reply,
     cancelled_jobs,
     claimed_job,
     error_text,
     failed_report,
-    is_reportable,
     orchestrator_settings,
+    reportable_id,
     succeeded_report,
 )
-from worker.outbox import Entry, Outbox, Outcome
+from worker.outbox import Entry, Outbox
+from worker.outcomes import Outcome
+from worker.progress_sender import ProgressSender
 from worker.readiness import Readiness
-from worker.records import Disk, WorkDisk, error_reason, printable
+from worker.records import Disk, WorkDisk, error_reason
 from worker.supervision import Loop, Supervisor
 from worker.telemetry import job_logging, logger
 from worker.work_dir import WorkDir
@@ -354,7 +355,7 @@ class Poller:
 
     def _handle(self, claimed: dict[str, Any]) -> float:
         """Run a claimed job, or fail it when it cannot run; return the pause in seconds."""
-        buffer_job_id = _buffer_job_id(claimed)
+        buffer_job_id = reportable_id(claimed)
         if buffer_job_id is None:
             logger.error("claimed job has no usable buffer_job_id; it can neither run nor be reported")
             self.heartbeat.send_now("a claimed job has no usable buffer_job_id")
@@ -439,19 +440,6 @@ class Poller:
         if self.sender.is_alive():
             # So that the orchestrator usually has it before it sees an idle worker.
             self.outbox.wait_tried(entry, FIRST_REPORT_S)
-
-
-def _buffer_job_id(claimed: Mapping[str, Any]) -> str | None:
-    """The id under which a claimed job is reported; None when no report would reach the job."""
-    given = claimed.get("buffer_job_id")
-    # Some databases number their jobs; the route takes the number as text.
-    if isinstance(given, bool) or not isinstance(given, (int, str)):
-        return None
-    buffer_job_id = str(given)
-    if not is_reportable(buffer_job_id):
-        logger.error("no outcome can be reported for this id", extra={"buffer_job_id": printable(buffer_job_id[:100])})
-        return None
-    return buffer_job_id
 
 
 _running: Poller | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 import math
 import threading
 from collections import deque
@@ -18,7 +17,16 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from worker.clock import MAX_BACKOFF_S, Clock, pause_after
-from worker.records import QUARANTINE, RECORD_BYTES, BadRecordError, Disk, error_reason, printable
+from worker.outcomes import (
+    Outcome,
+    claim_or_outcome,
+    decode_outcome,
+    decode_record,
+    encode_outcome,
+    encode_record,
+    fitting_body,
+)
+from worker.records import QUARANTINE, BadRecordError, Disk, error_reason, printable
 from worker.telemetry import logger
 
 CLAIM = "claimed.json"
@@ -33,18 +41,6 @@ PARKED_PAUSE_S = 900.0
 WITHDRAW_LIMIT_S = 20.0
 # Names that are kept in memory, about 300 bytes each; the rest stays on disk until these are sent.
 MAX_LISTED = 20_000
-_MAX_DEPTH = 12
-_MAX_TEXT = 8192
-_MAX_NUMBER = 2**63
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of a claimed job: the body of its report, and when it was made (seconds since the epoch)."""
-
-    buffer_job_id: str
-    body: Mapping[str, object]
-    created: float
 
 
 @dataclass(eq=False, slots=True)
@@ -152,7 +148,7 @@ class Outbox:
             record = self._read(CLAIM)
             if record is None:
                 return
-            outcome = _claim_or_outcome(record, self._orphan_body, self._clock.time())
+            outcome = claim_or_outcome(record, self._orphan_body, self._clock.time())
         except BadRecordError as reason:
             self._quarantine(CLAIM, str(reason))
             return
@@ -186,7 +182,7 @@ class Outbox:
 
         An earlier outcome of the job that was not accepted is dropped: the job has been given out again.
         """
-        self._disk.write(CLAIM, _encoded({"id": buffer_job_id}))
+        self._disk.write(CLAIM, encode_record({"id": buffer_job_id}))
         name = name_of(buffer_job_id)
         if (entry := self._entries.get(name)) is None:
             return
@@ -200,7 +196,7 @@ class Outbox:
     @_locked
     def add(self, outcome: Outcome) -> Entry:
         """Store an outcome in place of the claim, to be sent before all others; keep it in memory if that fails."""
-        outcome = replace(outcome, body=_fitting(outcome))
+        outcome = replace(outcome, body=fitting_body(outcome))
         name = name_of(outcome.buffer_job_id)
         entry = Entry(name, None, outcome=outcome)
         if (earlier := self._entries.get(name)) is not None:
@@ -452,7 +448,7 @@ class Outbox:
         """The JSON object in a file, None when there is none; a bad one is quarantined. Raises OSError."""
         try:
             data = self._disk.read(name)
-            return None if data is None else _decoded(data)
+            return None if data is None else decode_record(data)
         except BadRecordError as reason:
             if name != CLAIM:
                 raise
@@ -481,92 +477,3 @@ class Outbox:
 
 
 # -- records as JSON --------------------------------------------------------------------------------------------------
-
-
-def encode_outcome(outcome: Outcome) -> bytes:
-    """The record of an outcome; whatever this returns, `decode_outcome` reads."""
-    return _encoded({"id": outcome.buffer_job_id, "body": dict(outcome.body), "created": outcome.created})
-
-
-def decode_outcome(record: Mapping[str, Any], now: float) -> Outcome:
-    """Validate a stored outcome; `now` in seconds since the epoch. Raises BadRecordError."""
-    body, created = record.get("body"), record.get("created")
-    if not isinstance(body, dict) or body.get("status") not in ("succeeded", "failed"):
-        raise BadRecordError("no outcome in it")
-    if isinstance(created, bool) or not isinstance(created, (int, float)):
-        raise BadRecordError("no time in it")
-    # A time in the future would never expire; the comparison also takes integers too large for a float.
-    age_known = 0 <= created <= now
-    return Outcome(_identity(record.get("id")), _plain(body), float(created) if age_known else now)
-
-
-def _claim_or_outcome(record: Mapping[str, Any], orphan_body: Mapping[str, object], now: float) -> Outcome:
-    if "body" in record:
-        return decode_outcome(record, now)
-    return Outcome(_identity(record.get("id")), orphan_body, now)
-
-
-def _identity(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not value or len(value) > _MAX_TEXT:
-        raise BadRecordError("no job id in it")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadRecordError("the job id is not text") from None
-    return value
-
-
-def _encoded(record: Mapping[str, object]) -> bytes:
-    return json.dumps(record, allow_nan=False).encode()
-
-
-def _decoded(data: bytes) -> dict[str, Any]:
-    """Raises BadRecordError for anything that is no JSON object."""
-    try:
-        record = json.loads(data, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise BadRecordError("not JSON") from None
-    if not isinstance(record, dict):
-        raise BadRecordError("not a JSON object")
-    return record
-
-
-def _refuse_constant(_name: str) -> object:
-    raise ValueError("NaN and Infinity are not JSON")
-
-
-def _fitting(outcome: Outcome) -> dict[str, object]:
-    """The body as JSON values that fit into a record: without details, and then without metrics, if it is too large."""
-    body = _plain(outcome.body)
-    for name, smaller in (("details", {}), ("metrics", None)):
-        if len(encode_outcome(replace(outcome, body=body))) <= RECORD_BYTES:
-            break
-        body[name] = smaller
-    return body
-
-
-def _plain(body: Mapping[Any, Any]) -> dict[str, object]:
-    """`body` with nothing that JSON, a database or a disk refuses: no NaN, no surrogates, no giant numbers or texts."""
-
-    def plain(value: object, depth: int) -> object:
-        if value is None or isinstance(value, bool):
-            return value
-        if isinstance(value, int):
-            return value if abs(value) < _MAX_NUMBER else None
-        if isinstance(value, float):
-            return value if math.isfinite(value) else None
-        if depth > _MAX_DEPTH:
-            return None
-        if isinstance(value, Mapping):
-            return {_text(key)[:200]: plain(item, depth + 1) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item, depth + 1) for item in value]
-        return _text(value)
-
-    return {_text(key)[:200]: plain(value, 1) for key, value in body.items()}
-
-
-def _text(value: object) -> str:
-    return str(value)[:_MAX_TEXT].encode("utf-8", "replace").decode()

@@ -142,7 +142,7 @@ def test_health_gives_the_reason_to_the_end_of_a_stop_in_buffer_mode_too(tmp_pat
             command=COMMAND,
             BUFFER_WORKER_ID="buffer-1",
             ORCHESTRATOR_BASE_URL=orchestrator.url,
-            INTERNAL_API_KEY="key",
+            INTERNAL_API_KEY="key",  # pragma: allowlist secret
             BUFFER_POLL_INTERVAL_SEC="0.2",
         )
         try:

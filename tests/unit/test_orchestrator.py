@@ -23,15 +23,14 @@ from worker.jobs import STAGES, error_body
 from worker.orchestrator import (
     Orchestrator,
     OrchestratorSettings,
-    ProgressSender,
     Reply,
     claimed_job,
     failed_report,
     failed_update,
     is_reportable,
     stage_update,
-    wait_for_last_reports,
 )
+from worker.progress_sender import ProgressSender, wait_for_last_reports
 
 
 @pytest.fixture

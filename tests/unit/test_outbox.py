@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from tests.support.small_disk import fill, small_disk
 from worker import outbox as module
 from worker.clock import Clock
-from worker.outbox import CLAIM, Outbox, Outcome, decode_outcome, encode_outcome, name_of
+from worker.outbox import CLAIM, Outbox, name_of
+from worker.outcomes import Outcome, decode_outcome, decode_record, encode_outcome, fitting_body
 from worker.records import READ_BYTES, RECORD_BYTES, WorkDisk
 
 DONE = {"status": "succeeded", "error": None, "output_url": "https://host/a.mp4", "metrics": {"total_time": 1.0}}
@@ -289,8 +290,8 @@ json_values = st.recursive(
 )
 def test_whatever_is_written_can_be_read_again(details: Any, error: str, identity: str) -> None:
     body = {"status": "failed", "error": error, "details": details, "huge": 10**5000}
-    data = encode_outcome(Outcome(identity, module._fitting(Outcome(identity, body, 5.0)), 5.0))
-    outcome = decode_outcome(module._decoded(data), 10.0)
+    data = encode_outcome(Outcome(identity, fitting_body(Outcome(identity, body, 5.0)), 5.0))
+    outcome = decode_outcome(decode_record(data), 10.0)
     assert (outcome.buffer_job_id, outcome.created) == (identity, 5.0)
     assert encode_outcome(outcome) == data
     json.dumps(outcome.body, allow_nan=False, ensure_ascii=False).encode()

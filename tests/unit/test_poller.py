@@ -17,7 +17,7 @@ from tests.support.results import a_result
 from tests.support.scripted_core import ScriptedCore
 from tests.support.server import wait_until
 from worker.orchestrator import OrchestratorSettings
-from worker.outbox import Outcome
+from worker.outcomes import Outcome
 from worker.readiness import Readiness
 from worker.records import WorkDisk
 

@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import errno
 import logging
 import random
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import requests
 import urllib3
 
-from musetalk.errors import CancelledError, DiskFullError, DownloadError, ProcessingError
-from musetalk.files import PartFile, is_disk_full, part_path
+from musetalk.errors import CancelledError, DownloadError
 from musetalk.foreign_files import describe_text, shown_text
 from worker.net.addresses import (
     Resolver,
@@ -50,16 +46,14 @@ from worker.net.connections import (
     resolve_within,
 )
 from worker.net.headers import content_length, is_whole, redirect_url, retry_after_s, version_validator
+from worker.net.input_part import InputPart, Kind
 from worker.net.local_files import copy_local
 
 logger = logging.getLogger("musetalk.downloads")
 
-Kind = Literal["video", "audio"]
 # As in the worker before this one; anything smaller is an empty upload or an error text.
 MIN_MEDIA_BYTES = 1000
 BLOCK_BYTES = 64 * 1024
-# A download leaves this much free, because the rest of the job writes files as well.
-SPARE_DISK_BYTES = 64 * 2**20
 
 _POLL_S = 0.1
 # Each dead address costs the connect time-out, in every attempt.
@@ -137,7 +131,7 @@ def fetch(
     try:
         with (
             _Watch(settings.total_timeout_s, should_stop) as watch,
-            _InputPart(destination, kind, settings, url) as part,
+            InputPart(destination, kind, settings.max_bytes(kind), url) as part,
         ):
             if is_local:
                 roots = settings.file_url_roots if settings.allow_file_urls else None
@@ -158,7 +152,7 @@ def fetch(
         raise DownloadError(text, url=redact_url(url), transient=True) from None
 
 
-def _check_head(part: _InputPart, kind: Kind, url: str, content_type: str | None) -> None:
+def _check_head(part: InputPart, kind: Kind, url: str, content_type: str | None) -> None:
     """Raise DownloadError for a page or another text in place of a media file."""
     head = part.head(_HEAD_BYTES)
     found = describe_text(head)
@@ -258,75 +252,13 @@ class _Watch:
             self.check()
 
 
-class _InputPart(PartFile):
-    """Growing input file with a temporary name and a byte limit; removed unless committed.
-
-    Raises DownloadError beyond the limit, DiskFullError, or ProcessingError for other errors of the disk.
-    """
-
-    def __init__(self, destination: Path, kind: Kind, settings: DownloadSettings, url: str) -> None:
-        super().__init__(part_path(destination))
-        self.kind = kind
-        self.limit = settings.max_bytes(kind)
-        self._url, self._destination = url, destination
-
-    def __enter__(self) -> _InputPart:
-        super().__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        self.remove()
-
-    def check_room(self, n_more: int) -> None:
-        """Raise if `n_more` bytes would exceed the limit or do not fit on the disk."""
-        if self.n_bytes + n_more > self.limit:
-            raise self._too_large()
-        with self.disk_errors():
-            free = shutil.disk_usage(self._destination.parent).free
-        if free < n_more + SPARE_DISK_BYTES:
-            raise DiskFullError(
-                f"the disk has too little room for the {self.kind} of {self.n_bytes + n_more} bytes",
-                n_bytes=self.n_bytes + n_more,
-            )
-
-    def head(self, n_bytes: int) -> bytes:
-        """The first bytes that were written."""
-        with self.disk_errors(), self._path.open("rb") as file:
-            return file.read(n_bytes)
-
-    def write(self, block: bytes) -> None:
-        """Append the next bytes."""
-        if self.n_bytes + len(block) > self.limit:
-            raise self._too_large()
-        super().write(block)
-
-    @contextlib.contextmanager
-    def disk_errors(self) -> Iterator[None]:
-        """Translate OSError; the text of the new error contains no path."""
-        try:
-            yield
-        except OSError as problem:
-            if is_disk_full(problem):
-                raise DiskFullError(f"the disk is full; the {self.kind} could not be written") from None
-            name = errno.errorcode.get(problem.errno or 0, "unknown")
-            raise ProcessingError(f"the {self.kind} could not be written ({name})") from None
-
-    def _too_large(self) -> DownloadError:
-        return DownloadError(
-            f"the {self.kind} is too large: more than {self.limit} bytes", url=redact_url(self._url), limit=self.limit
-        )
-
-
 class _Download:
     """One http(s) download with its retries, redirects and resumed attempts."""
 
     def __init__(
         self,
         url: str,
-        part: _InputPart,
+        part: InputPart,
         settings: DownloadSettings,
         watch: _Watch,
         resolve: Resolver,
