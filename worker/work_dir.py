@@ -73,7 +73,7 @@ class WorkDir:
         """Ask every second until there is no problem; log each one, and keep it for the readiness."""
         while (reason := problem()) is not None:
             if reason != self.waiting_for:
-                logger.error("waiting for WORK_DIR", extra={"reason": reason})
+                logger.error(reason)
             self.waiting_for = reason
             time.sleep(_POLL_S)
         self.waiting_for = None

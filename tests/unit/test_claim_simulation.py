@@ -117,7 +117,7 @@ def test_no_single_fault_and_no_pair_of_faults_loses_or_doubles_an_outcome() -> 
 
 @pytest.mark.slow
 def test_no_three_faults_lose_or_double_an_outcome() -> None:
-    check_faults(3, 30)
+    check_faults(3, 20)
 
 
 # -- the simulator finds what it looks for ----------------------------------------------------------------------------
