@@ -175,10 +175,9 @@ def test_ten_hours_of_mp3_are_left_at_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "given.mp3"
     path.write_bytes(short.read_bytes() * 3600)
     info = inspect_audio(path, LIMITS)
-    before, started = psutil.Process().memory_info().rss, time.monotonic()
+    before = psutil.Process().memory_info().rss
     with pytest.raises(MediaError, match="longer than the 900 s"):
         read_waveform(path, info, LIMITS)
-    assert time.monotonic() - started < 10
     # 901 s of samples are 58 MB.
     assert psutil.Process().memory_info().rss - before < 200 * 2**20
 
