@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from musetalk.errors import GpuLostError, MuseTalkError, UnavailableError
 from storage import open_store
 from worker.config import Settings, load_settings
-from worker.engine import Engine, EngineLoader, Rendered
+from worker.engine import Engine, EngineLoader, Rendered, video_stats
 from worker.inputs import JobFiles, fetch_inputs
 from worker.job_control import JobControl, JobProgress, OnProgress, ResultCache, RunningJob, StopReason
 from worker.jobs import Job, JobParams, JobResult, RenderedJob, Stage, sidecar_body
@@ -343,7 +343,7 @@ def _rendered_job(job: Job, summary: RenderSummary, settings: Settings) -> Rende
         job=job,
         options=summary.options,
         model=summary.model,
-        video=_video_stats(summary),
+        video=video_stats(summary),
         warnings=(*summary.warnings, *ignored),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         worker_id=settings.worker_id,
@@ -352,22 +352,6 @@ def _rendered_job(job: Job, summary: RenderSummary, settings: Settings) -> Rende
         peak_gpu_memory_mib=summary.peak_gpu_memory_mib,
         peak_memory_kb=peak_memory_kb(),
     )
-
-
-def _video_stats(summary: RenderSummary) -> dict[str, object]:
-    return {
-        "width": summary.width,
-        "height": summary.height,
-        "fps": round(float(summary.rate), 6),
-        "frames": summary.n_frames,
-        "duration_sec": round(summary.duration_s, 6),
-        "bytes": summary.n_bytes,
-        "source_frames": summary.n_source_frames,
-        "source_frames_without_face": summary.n_without_face,
-        "source_frames_interpolated": summary.n_interpolated,
-        "source_frames_reused": summary.n_reused,
-        "encoder": summary.encoder,
-    }
 
 
 _shared: Core | None = None

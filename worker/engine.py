@@ -293,3 +293,20 @@ def _open_avatars(settings: Settings) -> AvatarCache | None:
     return AvatarCache(
         settings.avatar_dir, memory_bytes=settings.avatar_memory_mb * _MIB, disk_bytes=settings.avatar_disk_mb * _MIB
     )
+
+
+def video_stats(summary: RenderSummary) -> dict[str, object]:
+    """The `video` object of a result: size in px, rate in frames a second, length in seconds, and what was counted."""
+    return {
+        "width": summary.width,
+        "height": summary.height,
+        "fps": round(float(summary.rate), 6),
+        "frames": summary.n_frames,
+        "duration_sec": round(summary.duration_s, 6),
+        "bytes": summary.n_bytes,
+        "source_frames": summary.n_source_frames,
+        "source_frames_without_face": summary.n_without_face,
+        "source_frames_interpolated": summary.n_interpolated,
+        "source_frames_reused": summary.n_reused,
+        "encoder": summary.encoder,
+    }

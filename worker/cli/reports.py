@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from musetalk.errors import MuseTalkError
 from worker.cli.tasks import Task, exit_status
 from worker.cli.weights import progress_on_stderr
-from worker.engine import Rendered
+from worker.engine import Rendered, video_stats
 from worker.jobs import DEMO_NOTICE, Stage, error_body, stage_times_body
 
 if TYPE_CHECKING:
@@ -77,17 +77,7 @@ class Report:
         """Print the figures of a finished video."""
         summary, clock = rendered.summary, rendered.clock
         self._note(summary.model)
-        video = {
-            "width": summary.width,
-            "height": summary.height,
-            "fps": round(float(summary.rate), 6),
-            "frames": summary.n_frames,
-            "duration_sec": round(summary.duration_s, 6),
-            "bytes": summary.n_bytes,
-            "source_frames": summary.n_source_frames,
-            "source_frames_without_face": summary.n_without_face,
-            "source_frames_interpolated": summary.n_interpolated,
-        }
+        video = video_stats(summary)
         times = {"stage_times": stage_times_body(clock.seconds), "total_time": round(clock.total_s, 3)}
         self._line(task, {"status": "success", "model": summary.model, "video": video, **times}, summary.warnings)
         stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in clock.seconds.items())
