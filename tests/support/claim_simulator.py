@@ -550,20 +550,28 @@ def random_schedule(seed: int) -> tuple[list[tuple[float, Event]], Chooser, floa
 
 
 ALPHABET: tuple[Event, ...] = ("job", "again", "down", "up", "full", "free", "term", "kill", "wait")
+# Each of these undoes the other; where its state is reached already it is the same as waiting.
+_OPPOSITES: Mapping[Event, Event] = {"down": "up", "up": "down", "full": "free", "free": "full"}
 
 
 def event_schedules(depth: int) -> Iterator[list[tuple[float, Event]]]:
-    """Every sequence of `depth` events, seven seconds apart; the first is a job."""
+    """Every sequence of `depth` events, seven seconds apart; the first is a job.
 
-    def sequences(length: int) -> Iterator[tuple[Event, ...]]:
+    Sequences that differ only in events without an effect (a full disk becomes full) are one.
+    """
+
+    def sequences(length: int, states: frozenset[Event]) -> Iterator[tuple[Event, ...]]:
         if length == 0:
             yield ()
             return
         for event in ALPHABET:
-            for rest in sequences(length - 1):
+            if event in states:
+                continue
+            after = states - {_OPPOSITES[event]} | {event} if event in _OPPOSITES else states
+            for rest in sequences(length - 1, after):
                 yield event, *rest
 
-    for sequence in sequences(depth - 1):
+    for sequence in sequences(depth - 1, frozenset(("up", "free"))):
         yield [(7.0 * number, event) for number, event in enumerate(("job", *sequence))]
 
 
