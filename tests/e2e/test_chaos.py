@@ -231,7 +231,8 @@ def check_jobs(scene: Stage, folder: Path) -> None:
 
 
 def check_figures(before: Figures, after: Figures) -> None:
-    assert after.rss_mib - before.rss_mib < 60
+    # The first thirty jobs of a process fill its caches and pools (test_soak.py); before, there were six.
+    assert after.rss_mib - before.rss_mib < 120
     assert after.n_threads <= before.n_threads + 1
     assert after.n_descriptors <= before.n_descriptors + 3
     assert after.names == before.names
