@@ -38,31 +38,54 @@ class Canvas:
         """Coverage 0..1 of a filled outline, softened by a Gaussian of `blur` units."""
         cover = np.zeros(self.pixels.shape[:2], np.uint8)
         cv2.fillPoly(cover, [self._places(points)], 255, cv2.LINE_AA, 4)
-        soft: Image = np.asarray(cover, np.float32) / np.float32(255)
-        return np.asarray(cv2.GaussianBlur(soft, (0, 0), blur * SCALE), np.float32) if blur > 0 else soft
+        return _softened(cover, blur)
 
     def stroke(self, points: Points, width: float, blur: float = 0.0) -> Image:
         """Coverage of an open line."""
         cover = np.zeros(self.pixels.shape[:2], np.uint8)
         thick = max(1, round(width * SCALE))
         cv2.polylines(cover, [self._places(points)], False, 255, thick, cv2.LINE_AA, 4)
-        soft: Image = np.asarray(cover, np.float32) / np.float32(255)
-        return np.asarray(cv2.GaussianBlur(soft, (0, 0), blur * SCALE), np.float32) if blur > 0 else soft
+        return _softened(cover, blur)
 
     def paint(self, mask: Image, colour: Colour | Image, strength: float = 1.0) -> None:
         """Blend a colour over the canvas under the mask; with an alpha channel, make the place opaque."""
-        weight = (mask * strength)[..., None]
-        self.pixels += weight * (np.asarray(colour, np.float32) - self.pixels)
+        self.shade(mask, colour, strength)
         if self.alpha is not None:
             self.alpha[:] = np.maximum(self.alpha, mask * strength)
 
-    def shade(self, mask: Image, colour: Colour, strength: float) -> None:
+    def shade(self, mask: Image, colour: Colour | Image, strength: float) -> None:
         """Colour without making anything opaque."""
-        self.pixels += (mask * strength)[..., None] * (np.asarray(colour, np.float32) - self.pixels)
+        # Most masks are a strand or a lip: only their part of the picture is computed.
+        place = _bounds(mask)
+        values = np.asarray(colour, np.float32)
+        pixels = self.pixels[place]
+        pixels += (mask[place] * strength)[..., None] * ((values[place] if values.ndim == 3 else values) - pixels)
 
     def fill(self, points: Points, colour: Colour, *, blur: float = 0.0, strength: float = 1.0) -> None:
         """A filled outline."""
         self.paint(self.mask(points, blur), colour, strength)
+
+
+def _bounds(mask: Image | NDArray[np.uint8]) -> tuple[slice, slice]:
+    """The smallest rectangle that holds everything but zeros."""
+    x, y, width, height = cv2.boundingRect((mask != 0).astype(np.uint8))
+    return slice(y, y + height), slice(x, x + width)
+
+
+def _softened(cover: NDArray[np.uint8], blur: float) -> Image:
+    """Coverage 0..1 after a Gaussian of `blur` units."""
+    soft: Image = np.asarray(cover, np.float32) / np.float32(255)
+    if blur <= 0:
+        return soft
+    rows, columns = _bounds(cover)
+    # Further than this OpenCV's kernel for float pictures does not reach (four standard deviations).
+    reach = round(blur * SCALE * 4) + 2
+    place = (
+        slice(max(0, rows.start - 2 * reach), rows.stop + 2 * reach),
+        slice(max(0, columns.start - 2 * reach), columns.stop + 2 * reach),
+    )
+    soft[place] = cv2.GaussianBlur(soft[place].copy(), (0, 0), blur * SCALE)
+    return soft
 
 
 def curve(points: Points, *, closed: bool = True, n: int = 12) -> list[tuple[float, float]]:

@@ -24,7 +24,7 @@ from tests.support.server import Server
 from worker.config import ROOT
 
 # Sound is made of a stretch of the sentence and a stretch of nothing.
-SPOKEN_S, SILENT_S = 1.6, 1.2
+SPOKEN_S, SILENT_S = 1.2, 0.8
 
 
 def opening_of(path: Path) -> NDArray[np.float64]:
@@ -102,7 +102,7 @@ def test_a_claimed_job_speaks(tmp_path: Path, speech: Path) -> None:
         try:
             server.wait_for(200)
             orchestrator.jobs.append({"buffer_job_id": "buffer/1", **server.job("claimed", params={})})
-            orchestrator.wait_for(lambda: orchestrator.of("status"))
+            orchestrator.wait_for(lambda: orchestrator.of("status"), limit_s=240)
         finally:
             server.stop()
     assert_speaks(folder / "outputs/claimed.mp4")
