@@ -263,8 +263,8 @@ class SourcePreparer:
             shown = source_index(self.options.loop_mode, index, len(order))
             yield Record.from_arrays(store.get(order[shown]))
 
-    def output_frame(self, index: int) -> Record:
-        """The prepared picture of output frame `index` alone."""
+    def output_frame(self, index: int) -> tuple[Record, Box | None]:
+        """The prepared picture of output frame `index` alone, and the face's box in it, without margin."""
         frame, n_seen = self._picture_at(index)
         if n_seen <= index:
             frame, _ = self._picture_at(source_index(self.options.loop_mode, index, n_seen))
@@ -272,7 +272,8 @@ class SourcePreparer:
         # Not kept: a whole video prepares it together with others, and keeps that to the last digit.
         self._fresh.clear()
         self._fresh_bytes = 0
-        return record
+        face = self._face(frame.index)
+        return record, None if face is None else face.box
 
     def _picture_at(self, index: int) -> tuple[media.SourceFrame, int]:
         """Return the distinct picture visible at frame `index` (or the last one) and the number of frames decoded."""
