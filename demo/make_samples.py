@@ -49,7 +49,7 @@ EVENING_S = 4.0
 EVENING_SEED = 21
 _THUMBNAIL_PX = 160
 _QUALITY = 84
-_BARS = 44
+_BARS = 20
 _INK = "#b3402a"
 
 
@@ -63,13 +63,13 @@ def write_waveform(path: Path, waveform: NDArray[np.float32]) -> None:
     """Write the loudness of a voice as a row of bars (SVG)."""
     parts = np.array_split(np.abs(waveform), _BARS)
     levels = np.array([float(np.sqrt(np.mean(part**2))) for part in parts])
-    heights = np.maximum(3, 36 * levels / levels.max())
+    heights = np.maximum(1.3, 30 * levels / levels.max())
     bars = "".join(
-        f'<rect x="{index * 3.6 + 1:.1f}" y="{20 - height / 2:.1f}" width="2.2" height="{height:.1f}" rx="1.1"/>'
+        f'<rect x="{index * 4 + 1}" y="{40 - height:.1f}" width="2.6" height="{2 * height:.1f}" rx="1.3"/>'
         for index, height in enumerate(heights)
     )
     path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 160 40" fill="{_INK}">{bars}</svg>\n', encoding="utf-8"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 80 80" fill="{_INK}">{bars}</svg>\n', encoding="utf-8"
     )
 
 

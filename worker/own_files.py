@@ -45,8 +45,8 @@ SAMPLES: tuple[Sample, ...] = (
     Sample("portrait", "video", "avatar.mp4", "Clip", "samples/portrait.jpg"),
     Sample("photo", "video", "samples/photo-full.jpg", "Photo", "samples/photo.jpg"),
     Sample("evening", "video", "samples/evening.mp4", "Evening", "samples/evening.jpg"),
-    Sample("hello", "audio", "speech.flac", "Welcome, 10 s", "samples/hello.svg"),
-    Sample("short", "audio", "samples/short.flac", "Short, 3 s", "samples/short.svg"),
+    Sample("hello", "audio", "speech.flac", "Welcome", "samples/hello.svg"),
+    Sample("short", "audio", "samples/short.flac", "Short", "samples/short.svg"),
     Sample("scottish", "audio", "samples/scottish.flac", "Scottish", "samples/scottish.svg"),
     Sample("american", "audio", "samples/american.flac", "American", "samples/american.svg"),
 )

@@ -171,7 +171,7 @@ def _claim() -> Json:
         "audio_url": "https://media.example/speech.wav",
         "params": {},
     }
-    answers = {"200": _answer("A job, or null", "ClaimAnswer", {"job": job}), "204": _answer("No job")}
+    answers: Json = {"200": _answer("A job, or null", "ClaimAnswer", {"job": job}), "204": _answer("No job")}
     return _call("A worker asks for a job", "Claim", {"worker_id": "vast-17"}, answers)
 
 
@@ -205,5 +205,5 @@ def _progress() -> Json:
         "config_label": "default",
         "batch_size": 8,
     }
-    answers = {"200": _answer("Accepted; the newest report wins")}
+    answers: Json = {"200": _answer("Accepted; the newest report wins")}
     return _call("Progress of a job, at most once a second", "Progress", example, answers, "musetalk_job_id")
