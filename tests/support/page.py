@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,7 +145,12 @@ class Page:
             for is_dark in (False, True):
                 self.resize(width, height, is_dark=is_dark)
                 scheme = "dark" if is_dark else "light"
-                self.browser.save_screenshot(str(Path(SHOTS) / f"{name}-{size}-{scheme}.png"))
+                whole = self.browser.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
+                area = {"x": 0, "y": 0, "width": width, "height": max(height, whole["height"]), "scale": 1}
+                taken = self.browser.execute_cdp_cmd(
+                    "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": area}
+                )
+                (Path(SHOTS) / f"{name}-{size}-{scheme}.png").write_bytes(base64.b64decode(taken["data"]))
         self.resize(*SIZES["wide"])
 
     def complaints(self) -> list[str]:

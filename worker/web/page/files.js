@@ -3,14 +3,16 @@ import { announce, blobUrl, by, emit, headers, make, on, send, session, show } f
 import { forgetBox } from "./face.js";
 import { setParam } from "./options.js";
 import { isTrimmed, part, partAsFile, showSound } from "./sound.js";
-import { explain, megabytes } from "./words.js";
+import { explain, megabytes, slug } from "./words.js";
 
 // name, file; url: what a job names (`sample:`, `upload:`); local: what the browser shows
 const chosen = { source: null, audio: null };
 export const nameOf = (kind) => (chosen[kind] ? chosen[kind].name : "");
 export const has = (kind) => chosen[kind] !== null;
 export const isStill = () => has("source") && chosen.source.file.type.startsWith("image/");
-export const localSource = () => (has("source") ? { url: chosen.source.local, isStill: isStill() } : null);
+// The source of a job with this name, if it is the one that is chosen here.
+export const jobName = () => `${slug(nameOf("source"))}-${slug(nameOf("audio"))}`;
+export const localSource = (name) => (has("source") && has("audio") && name === jobName() ? { url: chosen.source.local, isStill: isStill() } : null);
 export const isSample = (kind) => has(kind) && String(chosen[kind].url || "").startsWith("sample:") && !(kind === "audio" && isTrimmed());
 export const sampleUrl = (kind) => chosen[kind].url;
 export const fileName = (kind) => (kind === "audio" && isTrimmed() ? `${nameOf(kind).replace(/\.\w+$/, "")}-part.wav` : nameOf(kind));

@@ -2,7 +2,7 @@
 // that another tab or program began, and finds the own one again after a reload.
 import { announce, by, call, emit, key, local, on, pause, show } from "./base.js";
 import { clearMarks, loadOptions, markOption, params } from "./options.js";
-import { fileName, forgetUploads, has, isSample, nameOf, problem, sampleUrl, urlOf } from "./files.js";
+import { fileName, forgetUploads, has, isSample, jobName, problem, sampleUrl, urlOf } from "./files.js";
 import { allowPreviews, picture, previewsEnded, stopPreviews } from "./preview.js";
 import { explain, plain, seconds, sentence, slug, STAGES, STEPS } from "./words.js";
 
@@ -33,8 +33,8 @@ by("form").addEventListener("submit", async (event) => {
   clearMarks();
   if (missing()) return;
   const stamp = new Date().toISOString().slice(5, 19).replace(/\D/g, "");
-  const id = `${slug(nameOf("source"))}-${slug(nameOf("audio"))}-${stamp}-${Math.random().toString(36).slice(2, 6)}`;
-  job = { id, name: `${slug(nameOf("source"))}-${slug(nameOf("audio"))}`, params: params(), curl: curlParts(), isOwn: true };
+  const id = `${jobName()}-${stamp}-${Math.random().toString(36).slice(2, 6)}`;
+  job = { id, name: jobName(), params: params(), curl: curlParts(), isOwn: true };
   stopPreviews();
   showProgress("sending", 0, 0, 0);
   isSending = true;
@@ -242,7 +242,7 @@ async function vanished(id) {
     job = null;
     local("job", null);
     finishQuietly();
-    emit("finished-before", { ...found, name: mine.name, curl: mine.curl });
+    emit("finished-before", { ...found, jobName: mine.name, curl: mine.curl });
   } else if (job && !job.isOwn) {
     handled.add(id);
     job = null;

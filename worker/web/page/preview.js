@@ -11,7 +11,8 @@ let wantsVideo = false;
 let isRunning = false;
 let abort = null;
 let isShown = false;
-let isFaceOpen = false;
+// The worker was busy: what is wanted is asked for again when it is free.
+let isWaiting = false;
 let duration = 0;
 export function allowPreviews(test) { isAllowed = test; }
 export const picture = () => (isShown ? by("preview-picture").src : "");
@@ -31,7 +32,7 @@ export async function previewsEnded() {
 
 async function run() {
   isRunning = true;
-  while ((needsFace || wantsVideo) && isAllowed()) {
+  while ((needsFace || wantsVideo) && isAllowed() && !isWaiting) {
     const kind = needsFace ? "face" : "video";
     // Several quick changes make one picture.
     if (kind === "video") await new Promise((resolve) => { setTimeout(resolve, 200); });
@@ -108,10 +109,9 @@ function failed(status, body, isVideo) {
   by("source-note").textContent = "";
   if (status === 503) {
     by("preview-caption").textContent = "The worker is busy. The preview comes when it is free.";
-    if (!isVideo) {
-      by("source-note").textContent = "The worker is busy; the face is looked for later.";
-      isFaceOpen = true;
-    }
+    if (isVideo) wantsVideo = true; else needsFace = true;
+    isWaiting = true;
+    if (!isVideo) by("source-note").textContent = "The worker is busy; the face is looked for later.";
   } else if (why.place === "source" || why.place === "audio") {
     problem(why.place, `${why.text} ${why.advice}`);
     if (why.place === "source" && body.details) showFound(null, by("source-still").naturalWidth || by("source-video").videoWidth, by("source-still").naturalHeight || by("source-video").videoHeight);
@@ -136,10 +136,11 @@ on("options", (now) => {
 });
 on("trimmed", () => { if (has("source")) ask("video"); });
 on("free", () => {
-  if (isFaceOpen || needsFace) { isFaceOpen = false; ask("face"); }
-  // Not in place of a result.
-  if (has("source") && has("audio") && !isShown && by("result").hidden) ask("video");
+  isWaiting = false;
+  if (!isRunning && has("source") && (needsFace || wantsVideo)) run();
 });
+// A picture of the video is not wanted any more where the video is.
+on("presented", () => { wantsVideo = false; });
 by("preview-time").addEventListener("input", () => {
   by("preview-at").textContent = `${Number(by("preview-time").value).toFixed(1)} of ${seconds(duration)}`;
   ask("video");

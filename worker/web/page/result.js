@@ -27,10 +27,10 @@ on("finished", (result) => {
   present({
     path: localPath(result.output_url), name: result.name, params: result.params, curl: result.curl, times,
     total: result.metrics.total_time, video: result.video || {}, warnings: result.warnings || [], model: result.model,
-    source: result.isOwn ? localSource() : null,
+    source: localSource(result.name),
   }, true);
 });
-on("finished-before", (result) => presentStored(result, localSource()));
+on("finished-before", (result) => presentStored(result, localSource(result.jobName)));
 
 function presentStored(result, source = null) {
   const times = result.stage_times || {};

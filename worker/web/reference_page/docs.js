@@ -33,6 +33,8 @@ async function show() {
 
 byId(isOrchestrator ? "of-orchestrator" : "of-worker").setAttribute("aria-current", "page");
 byId("raw").href = address;
+// Only some workers serve the page.
+fetch("/", { method: "HEAD" }).then((answer) => { byId("to-page").hidden = !answer.ok; }).catch(() => {});
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("key", byId("key").value);
