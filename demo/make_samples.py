@@ -97,7 +97,7 @@ def sound_of(path: Path) -> NDArray[np.float32]:
     """The samples of a mono file."""
     with av.open(str(path)) as container:
         blocks = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
-    return np.concatenate(blocks).astype(np.float32) / 32768
+    return np.asarray(np.concatenate(blocks) / 32768, np.float32)
 
 
 def main() -> None:

@@ -56,6 +56,15 @@ export function showFirstPicture(blob) {
   show("source-still");
   show("source-video", false);
 }
+export function firstPicture() {
+  const still = by("source-still");
+  if (still.getAttribute("src")) return still.src;
+  const video = by("source-video");
+  if (!has("source") || video.readyState < 2) return "";
+  const canvas = make("canvas", { width: video.videoWidth, height: video.videoHeight });
+  canvas.getContext("2d").drawImage(video, 0, 0);
+  return canvas.toDataURL("image/jpeg", 0.7);
+}
 by("source-frame").addEventListener("mouseenter", () => {
   if (isStill() || !has("source") || by("source-frame").classList.contains("drawing")) return;
   const video = by("source-video");

@@ -2,7 +2,7 @@
 // that another tab or program began, and finds the own one again after a reload.
 import { announce, by, call, emit, key, local, on, pause, show } from "./base.js";
 import { clearMarks, loadOptions, markOption, params } from "./options.js";
-import { fileName, forgetUploads, has, isSample, jobName, problem, sampleUrl, urlOf } from "./files.js";
+import { fileName, firstPicture, forgetUploads, has, isSample, jobName, problem, sampleUrl, urlOf } from "./files.js";
 import { allowPreviews, picture, previewsEnded, stopPreviews } from "./preview.js";
 import { explain, plain, seconds, sentence, slug, STAGES, STEPS } from "./words.js";
 
@@ -67,10 +67,20 @@ async function start() {
       await pause(700);
       ({ status, body: answer, response } = await call("/generate", { method: "POST", json: body }));
     }
+    if (status === 0 && (isLeaving || await isKnown(mine.id))) return;
     if (status === 422 && /no longer here/.test(answer.error_message) && tries === 0) { forgetUploads(); continue; }
     if (job === mine || status === 200) ended(mine.id, status, answer, response && Number(response.headers.get("Retry-After")));
     return;
   }
+}
+
+// A reload ends the request, not the job; and a proxy may cut a long one. The job is then followed by its state.
+let isLeaving = false;
+for (const event of ["beforeunload", "pagehide"]) window.addEventListener(event, () => { isLeaving = true; });
+async function isKnown(id) {
+  await pause(400);
+  const { status, body } = await call(`/playground/status?job=${encodeURIComponent(id)}`);
+  return status === 200 && (body.outcome !== null || (body.job !== null && body.job.musetalk_job_id === id));
 }
 
 // -- the end --
@@ -133,13 +143,14 @@ function showProgress(stage, done, total, elapsed) {
     by("cancel").disabled = false;
     by("progress-note").textContent = "";
     by("progress-title").textContent = job.isOwn ? "Making your video" : "Another job is running";
-    const behind = job.isOwn ? picture() : "";
+    const behind = job.isOwn ? picture() || firstPicture() : "";
     show("progress-picture", Boolean(behind));
     if (behind) by("progress-picture").src = behind;
     by("steps").replaceChildren(...STEPS.map((name) => Object.assign(document.createElement("li"), { textContent: STAGES[name], id: `step-${name}` })));
     by("go").disabled = true;
     by("go").textContent = "Making the video…";
     emit("working");
+    if (window.innerWidth < 992) by("progress").scrollIntoView({ block: "start" });
   }
   const at = STEPS.indexOf(stage);
   STEPS.forEach((name, index) => {

@@ -2,7 +2,7 @@
 import { blobUrl, by, emit, headers, on, show } from "./base.js";
 import { followParam, showFound } from "./face.js";
 import { forgetUploads, has, problem, showFirstPicture, showUploadProblem, urlOf } from "./files.js";
-import { markOption, params, valueOf } from "./options.js";
+import { markOption, params } from "./options.js";
 import { explain, seconds } from "./words.js";
 
 let isAllowed = () => true;
@@ -11,6 +11,7 @@ let wantsVideo = false;
 let isRunning = false;
 let abort = null;
 let isShown = false;
+let hadBox = false;
 // The worker was busy: what is wanted is asked for again when it is free.
 let isWaiting = false;
 let duration = 0;
@@ -123,16 +124,21 @@ function failed(status, body, isVideo) {
 }
 
 on("chosen", (kind) => {
-  if (kind === "source") ask("face");
+  if (kind === "source") {
+    if (!isAllowed()) by("source-note").textContent = "The worker is busy; the face is looked for later.";
+    ask("face");
+  }
   if (has("source") && has("audio")) {
     if (kind === "audio") by("preview-time").value = Math.min(0.6, Number(by("preview-time").max) || 0.6);
     ask("video");
   }
 });
 on("options", (now) => {
+  const isBack = hadBox && !now.face_box;
+  hadBox = Boolean(now.face_box);
   followParam(now.face_box ?? null);
+  if (isBack && has("source")) ask("face");
   if (has("source") && has("audio")) ask("video");
-  else if (has("source") && valueOf("face_box")) ask("face");
 });
 on("trimmed", () => { if (has("source")) ask("video"); });
 on("free", () => {
