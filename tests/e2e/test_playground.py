@@ -285,9 +285,8 @@ def test_a_job_shows_its_progress_and_a_reload_or_second_tab_finds_it(
     wait_until(lambda: worker.leftovers() == [] or all("kept" in name for name in worker.leftovers()))
 
 
-def test_a_job_that_ended_while_the_page_was_away_shows_its_video(page: Page, worker: Server) -> None:
-    page.sample("portrait")
-    page.sample("short")
+def test_a_job_that_ended_while_the_page_was_away_shows_its_video(page: Page, worker: Server, tmp_path: Path) -> None:
+    page.choose(PHOTO, make_audio(tmp_path / "speech.wav", 1.6))
     page.go()
     page.wait(lambda: page.text("rate").startswith("Frame"))
     page.browser.get(f"{worker.url}/hc")
@@ -351,8 +350,8 @@ def test_the_result_plays_beside_its_source_and_can_be_compared(page: Page, work
     assert page.complaints() == []
 
 
-def test_warnings_are_sentences(page: Page, speech: Path, tmp_path: Path) -> None:
-    page.choose(AVATAR, make_audio(tmp_path / "speech.wav", 1.0))
+def test_warnings_are_sentences(page: Page, speech: Path) -> None:
+    page.choose(PHOTO, speech)
     page.wait(lambda: page.is_shown("preview"))
     page.browser.execute_script(
         "const warn = fetch; window.fetch = async (path, given) => { const answer = await warn(path, given);"
@@ -363,9 +362,10 @@ def test_warnings_are_sentences(page: Page, speech: Path, tmp_path: Path) -> Non
     assert page.text("warnings") == "“Frames at once” was lowered."
 
 
-def test_the_last_results_are_listed_with_a_picture_and_can_be_deleted(page: Page, worker: Server) -> None:
-    page.sample("photo")
-    page.sample("short")
+def test_the_last_results_are_listed_with_a_picture_and_can_be_deleted(
+    page: Page, worker: Server, speech: Path
+) -> None:
+    page.choose(PHOTO, speech)
     page.make()
     page.browser.refresh()
     page.wait(lambda: page.is_shown("history"))
