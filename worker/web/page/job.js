@@ -10,11 +10,14 @@ import { explain, plain, seconds, sentence, slug, STAGES, STEPS } from "./words.
 let job = null;
 let isSending = false;
 const handled = new Set();
+let lastSeen = { state: "", job: null };
 const rates = [];
 let wasReady = false;
 let resultsStamp = null;
 export const isBusy = () => job !== null;
-allowPreviews(() => job === null);
+// "busy" without a job is a preview, mostly our own.
+const isFree = () => job === null && !lastSeen.job && ["ready", "busy"].includes(lastSeen.state);
+allowPreviews(isFree);
 
 // -- start --
 
@@ -190,7 +193,6 @@ function pace(done, total) {
 
 // -- the worker's state --
 
-let lastSeen = { state: "", job: null };
 let timer = 0;
 let isAsking = false;
 export function wake() { clearTimeout(timer); timer = setTimeout(look, 0); }
@@ -276,7 +278,7 @@ function chip(state, text) {
 }
 function chipOf({ state, model, reason }) {
   const name = { v15: "MuseTalk 1.5", v1: "MuseTalk 1.0", demo: "demo model" }[model] || model;
-  if (job || state === "busy") chip("busy", `Busy · ${name}`);
-  else if (state === "ready") chip("ready", `Ready · ${name}`);
+  if (job || lastSeen.job) chip("busy", `Busy · ${name}`);
+  else if (isFree()) chip("ready", `Ready · ${name}`);
   else chip(state, sentence(plain(reason || state)).replace(/\.$/, ""));
 }

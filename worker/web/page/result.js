@@ -151,7 +151,7 @@ by("full").addEventListener("click", () => {
 // -- times by stage --
 
 function drawTimes(times) {
-  const rows = Object.entries(times).filter(([, value]) => value >= 0.005);
+  const rows = Object.entries(times).filter(([, value]) => value >= 0.05);
   const total = rows.reduce((sum, [, value]) => sum + value, 0) || 1;
   by("times").replaceChildren(...rows.map(([stage, value]) => make("i", { data: { stage }, style: "" })));
   rows.forEach(([, value], index) => { by("times").children[index].style.flexGrow = value / total; });
