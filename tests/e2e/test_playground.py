@@ -66,6 +66,7 @@ def test_a_talking_face_and_everything_else_is_on_the_first_screen(page: Page) -
     page.wait(lambda: page.js("document.getElementById('sample-video').currentTime") > 0.1)
     for name in ("source-choose", "audio-choose", "record", "go", "show-options", "sample-sound"):
         assert page.is_shown(name)
+    assert "musetalk.weights fetch" in page.text("demo-note"), "the demo model must be named"
     page.click("sample-sound")
     assert page.js("document.getElementById('sample-video').muted") is False
     page.shot("before")

@@ -27,6 +27,8 @@ on("chosen", () => {
   by("go").classList.toggle("set", ready);
 });
 
+on("model", ({ model }) => show("demo-note", model === "demo"));
+
 // -- the sample --
 
 by("sample-sound").addEventListener("click", () => {
