@@ -52,9 +52,15 @@ function showSource() {
 }
 // The worker's own first picture also shows what this browser cannot decode.
 export function showFirstPicture(blob) {
+  show("source-empty", false);
+  show("source-frame");
   by("source-still").src = blobUrl("first", blob);
   show("source-still");
   show("source-video", false);
+}
+// A file that the browser cannot show; the worker may still read it.
+for (const id of ["source-video", "source-still"]) {
+  by(id).addEventListener("error", () => { show("source-frame", false); show("source-empty"); });
 }
 export function firstPicture() {
   const still = by("source-still");

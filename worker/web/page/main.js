@@ -44,11 +44,13 @@ by("sample-sound").addEventListener("click", () => {
 
 on("key-needed", () => {
   show("key-row");
-  by("key-problem").textContent = key() ? "This key is wrong." : "";
-  if (key()) session("key", null);
+  if (!key()) return;
+  by("key-problem").textContent = "This key is wrong.";
+  session("key", null);
 });
 by("key-row").addEventListener("submit", async (event) => {
   event.preventDefault();
+  by("key-problem").textContent = "";
   session("key", by("key").value.trim());
   show("key-row", false);
   await begin();

@@ -3,6 +3,7 @@ import { blobUrl, by, emit, headers, on, show } from "./base.js";
 import { followParam, showFound } from "./face.js";
 import { forgetUploads, has, problem, showFirstPicture, showUploadProblem, urlOf } from "./files.js";
 import { markOption, params } from "./options.js";
+import { part } from "./sound.js";
 import { explain, seconds } from "./words.js";
 
 let isAllowed = () => true;
@@ -54,6 +55,7 @@ async function draw(kind) {
       if (isVideo) {
         where = "audio";
         body.audio_url = await urlOf("audio");
+        fitTime();
         body.time_s = Number(by("preview-time").value);
       }
       if (!isAllowed()) break;
@@ -72,6 +74,12 @@ async function draw(kind) {
     }
   }
   show("preview-wait", false);
+}
+
+// No time after the end of the speech; one that this browser cannot read begins at its start.
+function fitTime() {
+  const spoken = part.end - part.start;
+  by("preview-time").max = Math.max(0.04, (spoken || duration || 0.04) - 0.02);
 }
 
 // The face's picture needs no options of the mouth; a wrong one is reported beside itself.
@@ -129,7 +137,10 @@ on("chosen", (kind) => {
     ask("face");
   }
   if (has("source") && has("audio")) {
-    if (kind === "audio") by("preview-time").value = Math.min(0.6, Number(by("preview-time").max) || 0.6);
+    if (kind === "audio") {
+      fitTime();
+      by("preview-time").value = Math.min(0.6, Number(by("preview-time").max) / 2);
+    }
     ask("video");
   }
 });

@@ -32,7 +32,8 @@ export function plain(text) {
   return String(text || "")
     .replace(/\bparams\.(\w+)/g, (_all, name) => `“${labels[name] || name.replaceAll("_", " ")}”`)
     .replace(/\b(video_url|audio_url|musetalk_job_id|time_s|preview_s)\b/g, (name) => FIELDS[name])
-    .replace(/\bparams\b/g, "the options");
+    .replace(/\bparams\b/g, "the options")
+    .replace(/^the (source|video)\b/i, "the face file").replace(/^the audio\b/i, "the speech file");
 }
 
 // Where a problem is: "source", "audio", "option:<name>" or "".
