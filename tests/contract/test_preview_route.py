@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
 from app import create_app
 from musetalk.errors import MediaError, NoFaceError, UnavailableError
-from musetalk.frames import BT709, Planes
-from musetalk.geometry import Box
-from musetalk.render import Preview
 from tests.support.fake_orchestrator import FakeOrchestrator
+from tests.support.results import a_preview
 from tests.support.scripted_core import ScriptedCore
 from worker.jobs import Job
 from worker.readiness import Readiness
@@ -34,12 +31,11 @@ class PreviewingCore(ScriptedCore):
     problem: BaseException | None = None
     asked: list[tuple[Job, float, str]]
 
-    def preview_job(self, job: Job, time_s: float, suffix: str = ".jpg") -> tuple[Preview, bytes]:
+    def preview_job(self, job: Job, time_s: float, suffix: str = ".jpg") -> tuple[Any, bytes]:
         self.asked = [*getattr(self, "asked", []), (job, time_s, suffix)]
         if self.problem is not None:
             raise self.problem
-        planes = Planes(*(np.zeros((2, 2), np.uint8) for _ in range(3)))
-        return Preview(planes, BT709.matrix, 37, 1.48, ("one thing",), "v15", 9.56, Box(1, 2, 3, 4), (64, 48)), PICTURE
+        return a_preview(), PICTURE
 
 
 @pytest.fixture

@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jsonschema
-import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
 from app import create_app
 from musetalk.errors import DownloadError, MuseTalkError, ProcessingError
-from musetalk.frames import BT709, Planes
-from musetalk.render import Preview
 from tests.support.fake_orchestrator import FakeOrchestrator
-from tests.support.results import a_result
+from tests.support.results import a_preview, a_result
 from tests.support.scripted_core import ScriptedCore
 from worker.config import ROOT
 from worker.job_control import JobProgress
@@ -170,8 +167,7 @@ def test_the_example_of_a_job_is_a_job() -> None:
 
 
 def test_answers_about_pictures_uploads_and_results_are_as_documented(core: ScriptedCore, client: FlaskClient) -> None:
-    planes = Planes(*(np.zeros((2, 2), np.uint8) for _ in range(3)))
-    stats = json.loads(picture_answer(Preview(planes, BT709.matrix, 0, 0.0), b"", ".jpg").headers["X-Preview"])
+    stats = json.loads(picture_answer(a_preview(), b"", ".jpg").headers["X-Preview"])
     assert set(examples("preview stats")[0]) == set(stats)
     files = {name: (io.BytesIO(b"x"), name) for name in ("source", "audio")}
     kept = client.post("/uploads", data=files).get_json()
