@@ -23,7 +23,6 @@ from werkzeug.exceptions import (
 )
 from werkzeug.serving import WSGIRequestHandler
 
-from musetalk import __version__
 from musetalk.errors import (
     MethodNotAllowedError,
     MuseTalkError,
@@ -40,7 +39,7 @@ from worker.jobs import DEMO_NOTICE, MAX_ID_LENGTH, Job, JobResult, error_body, 
 from worker.orchestrator import Orchestrator, completed_update, failed_update, orchestrator_settings
 from worker.progress_sender import ProgressSender
 from worker.telemetry import logger
-from worker.web import openapi, playground
+from worker.web import page_routes, playground, previews, reference
 from worker.web.bodies import decode_json, job_id_in, read_body, read_start
 from worker.web.callers import TRUSTED, check
 from worker.web.holding import CallerGoneError, Deliveries, wait_while
@@ -64,13 +63,15 @@ def create_app(core: Core | None = None, *, with_playground: bool = False) -> Fl
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.add_url_rule("/hc", view_func=health, methods=["GET"])
     app.add_url_rule("/generate", view_func=generate, methods=["POST"])
+    app.add_url_rule("/preview", view_func=preview, methods=["POST"])
     app.add_url_rule("/generate/<path:job_id>", view_func=cancel, methods=["DELETE"])
     app.add_url_rule("/generate/<path:job_id>", view_func=progress, methods=["GET"])
     app.add_url_rule("/outputs/<name>", view_func=output, methods=["GET"])
     app.add_url_rule("/metrics", view_func=metrics, methods=["GET"])
-    app.add_url_rule("/openapi.json", view_func=openapi_document, methods=["GET"])
+    app.register_blueprint(reference.blueprint)
     if with_playground or core.settings.playground:
         playground.register(app)
+        page_routes.register(app)
     app.before_request(check_caller)
     app.after_request(note_delivery)
     app.register_error_handler(Exception, answer_error)
@@ -83,8 +84,11 @@ def _core() -> Core:
     return core
 
 
-# The platform's probes come from outside and cannot send a key; the page asks for it and contains nothing secret.
-_OPEN_TO_ALL = {"health", "playground.page", "playground.asset", "playground.demo_file"}
+# The platform's probes come from outside and cannot send a key; the pages ask for it and contain nothing secret.
+_OPEN_TO_ALL = {
+    *("health", "playground.page", "playground.asset", "playground.demo_file"),
+    *("reference.page", "reference.asset"),
+}
 
 
 def check_caller() -> None:
@@ -160,13 +164,27 @@ def _received_job(core: Core) -> Job:
             core.check_free()
             with playground.receiving(request):
                 return playground.uploaded_job(request)
-        body = _json_body()
-        job_id = body.get("musetalk_job_id") if isinstance(body, dict) else None
-        request.environ["musetalk.job_id"] = job_id if isinstance(job_id, str) else None
-        return parse_job(body, queue_job_id=request.headers.get("Salad-Job-Id"))
+        return parse_job(_noted_body(), queue_job_id=request.headers.get("Salad-Job-Id"))
     except (RequestError, RequestEntityTooLarge) as error:
         _report_refusal(core, _as_our_error(error, 413) if isinstance(error, HTTPException) else error)
         raise
+
+
+def preview() -> Response:
+    """Answer with one picture of the video that a job would make; refused like a job, but never held or reported."""
+    core = _core()
+    if core.readiness.state != "starting":
+        # Before the files of a form are received.
+        core.check_free()
+    if playground.is_upload(request):
+        with playground.receiving(request):
+            job = playground.uploaded_job(request)
+            time_s = previews.parse_time_text(request.form.get("time_s"))
+    else:
+        job, time_s = previews.parse_preview(_noted_body())
+    _wait_for_models(core)
+    suffix = previews.wanted_suffix(request)
+    return previews.picture_answer(*core.preview_job(job, time_s, suffix), suffix)
 
 
 def _hold() -> None:
@@ -246,6 +264,14 @@ def _is_reportable(job_id: str) -> bool:
     return is_name and len(job_id) <= MAX_ID_LENGTH and job_id.isprintable()
 
 
+def _noted_body() -> object:
+    """Read the body as JSON and note the job's id for the answer, whatever that will be."""
+    body = _json_body()
+    job_id = body.get("musetalk_job_id") if isinstance(body, dict) else None
+    request.environ["musetalk.job_id"] = job_id if isinstance(job_id, str) else None
+    return body
+
+
 def _json_body() -> object:
     """Read the body as JSON, whatever its content type; raises RequestError for anything that is not JSON."""
     limit = _core().settings.max_body_bytes
@@ -294,11 +320,6 @@ def progress(job_id: str) -> Response:
 def metrics() -> Response:
     """Answer with the metrics in Prometheus' text format."""
     return Response(_core().metrics.text(), content_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def openapi_document() -> Response:
-    """Answer with the OpenAPI document of this server."""
-    return jsonify(openapi.document(__version__))
 
 
 def output(name: str) -> Response:

@@ -20,7 +20,15 @@ from storage import open_store
 from worker.config import Settings, load_settings
 from worker.engine import Engine, EngineLoader, Rendered, video_stats
 from worker.inputs import JobFiles, fetch_inputs
-from worker.job_control import JobControl, JobProgress, OnProgress, ResultCache, RunningJob, StopReason
+from worker.job_control import (
+    JobControl,
+    JobProgress,
+    OnProgress,
+    ResultCache,
+    RunningJob,
+    RunningNow,
+    StopReason,
+)
 from worker.jobs import Job, JobParams, JobResult, RenderedJob, Stage, sidecar_body
 from worker.machine import check_room, folder_problem, release_memory
 from worker.readiness import Readiness, State, WorkerStatus
@@ -175,6 +183,13 @@ class Core:
         running = self._running
         return running.progress if running is not None and running.control.has_id(job_id) else None
 
+    def running_now(self) -> RunningNow | None:
+        """The running job as a person sees it; None without one, and while a preview is made."""
+        running = self._running
+        if running is None or running.name is None:
+            return None
+        return RunningNow(running.name, running.progress, running.clock.total_s)
+
     # -- work ---------------------------------------------------------------------------------------------------------
 
     def run_job(self, job: Job, *, on_progress: OnProgress = _ignore_progress) -> JobResult:
@@ -189,7 +204,7 @@ class Core:
             if (kept := self._results.get(job)) is not None:
                 logger.info("job repeated; kept result returned")
                 return kept
-            running = RunningJob(JobControl.for_job(job, self.settings), on_progress)
+            running = RunningJob(JobControl.for_job(job, self.settings), on_progress, name=job.job_id)
             try:
                 with self._tracking(running):
                     result = self._run_stages(engine, job, running)
@@ -247,13 +262,25 @@ class Core:
             session = engine.session(
                 source, audio, None, params or JobParams(), aspect_ratio=aspect_ratio, resolution=resolution
             )
-            with self._tracking(running), session:
-                with running.stage("validation"):
-                    session.probe()
-                with running.stage("preprocessing"):
-                    session.prepare(running.should_stop, preview_s=time_s)
-                with running.stage("inference"):
-                    return session.preview(time_s)
+            with self._tracking(running):
+                return _preview(session, running, time_s)
+
+    def preview_job(self, job: Job, time_s: float, suffix: str = ".jpg") -> tuple[Preview, bytes]:
+        """One picture of the video that `run_job` would make, and that picture as a file of this kind.
+
+        A job without audio shows its source. Raises as `run_job`, and RequestError when the video ends before.
+        """
+        with self._holding_slot() as engine, job_logging(job.job_id):
+            running = RunningJob(JobControl.for_job(job, self.settings), _ignore_progress)
+            with self._tracking(running), self.work_dir.job_folder() as folder:
+                with running.stage("download"):
+                    check_room(self.settings.work_dir, self.settings.min_free_disk_mb)
+                    files = fetch_inputs(job, folder, self.settings, running.should_stop, silence_s=time_s + 0.5)
+                    files.check_sizes()
+                preview = _preview(self._session(engine, job, files), running, time_s)
+                picture = folder / f"preview{suffix}"
+                preview.save(picture)
+                return preview, picture.read_bytes()
 
     def _run_stages(self, engine: Engine, job: Job, running: RunningJob) -> JobResult:
         settings, clock = self.settings, running.clock
@@ -335,6 +362,17 @@ def _render(
     # Frames of a megabyte leave holes in the heap that would stay with the process for weeks.
     release_memory()
     return summary
+
+
+def _preview(session: RenderSession, running: RunningJob, time_s: float) -> Preview:
+    """Run the stages of one picture."""
+    with session:
+        with running.stage("validation"):
+            session.probe()
+        with running.stage("preprocessing"):
+            session.prepare(running.should_stop, preview_s=time_s)
+        with running.stage("inference"):
+            return session.preview(time_s)
 
 
 def _rendered_job(job: Job, summary: RenderSummary, settings: Settings) -> RenderedJob:

@@ -46,6 +46,8 @@ _STALE_S = 3600.0
 LARGEST_SHARE = 0.5
 LARGEST_BYTES = 256 * 2**20
 _HASH_BLOCK = 1 << 20
+# Sources whose faces are known without their preparation; some hundred bytes a frame.
+KEPT_SEARCHES = 8
 
 Tier = Literal["memory", "disk"]
 
@@ -230,6 +232,7 @@ class AvatarCache:
         self._memory_bytes, self._disk_bytes = memory_bytes, disk_bytes
         self._lock = threading.Lock()
         self._in_memory: OrderedDict[str, Avatar] = OrderedDict()
+        self._faces: OrderedDict[str, Avatar] = OrderedDict()
         self._writer: threading.Thread | None = None
         if self._folder is not None:
             try:
@@ -272,6 +275,21 @@ class AvatarCache:
             return None
         self._remember(key, avatar)
         return avatar, "disk"
+
+    def known_faces(self, key: str) -> Avatar | None:
+        """The faces of a source that was searched before, with nothing prepared of them; None when it is unknown."""
+        with self._lock:
+            return self._faces.get(key)
+
+    def remember_faces(self, key: str, avatar: Avatar) -> None:
+        """Keep the faces of a source in memory, the longest search that was made."""
+        with self._lock:
+            known = self._faces.get(key)
+            if known is None or len(avatar.found) >= len(known.found):
+                self._faces[key] = avatar
+            self._faces.move_to_end(key)
+            while len(self._faces) > KEPT_SEARCHES:
+                self._faces.popitem(last=False)
 
     def put(self, key: str, avatar: Avatar) -> None:
         """Keep `avatar`, in memory at once, on disk soon (in a thread of its own); one that is too large is dropped."""

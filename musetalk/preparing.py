@@ -39,6 +39,8 @@ T = TypeVar("T")
 QUEUE_DEPTH = 4
 # Frames looked at together when faces are searched.
 FIND_BATCH = 8
+# Choices that change what is made of a face, and not where it is: a preview with another margin searches nothing again.
+_AFTER_FINDING = {"margin", "mask", "match_colours", "device_pixels", "boxes"}
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,15 @@ class SourcePreparer:
         self._fresh_bytes = 0
         self._arena = Arena()
         if self._avatars is not None:
-            self._key = avatar_key(file_digest(path), models.fingerprint, self._choices())
+            digest, choices = file_digest(path), self._choices()
+            self._key = avatar_key(digest, models.fingerprint, choices)
+            finding = {name: choice for name, choice in choices.items() if name not in _AFTER_FINDING}
+            self._faces_key = avatar_key(digest, models.fingerprint, finding)
             if (hit := self._avatars.get(self._key)) is not None:
                 self._kept, tier = hit
                 logger.info("this source was prepared before", extra={"kept_in": tier})
+            elif options.face_box is None and (known := self._avatars.known_faces(self._faces_key)) is not None:
+                self._kept = known
         self._fixed = None if options.face_box is None else fixed_face(options.face_box, info.width, info.height)
         self._faces: list[Face | None] | None = None
         self._found: tuple[Face | None, ...] = ()
@@ -206,6 +213,8 @@ class SourcePreparer:
 
     def keep(self) -> None:
         """Leave what was prepared to later jobs, unless it is too large or nothing is new."""
+        if self._avatars is not None and self._found:
+            self._avatars.remember_faces(self._faces_key, Avatar(self._found, self._is_whole))
         is_new = bool(self._fresh) or len(self._found) > len(self._kept.found) or self._is_whole != self._kept.is_whole
         if self._avatars is None or not is_new or self._is_too_large():
             return
@@ -263,8 +272,8 @@ class SourcePreparer:
             shown = source_index(self.options.loop_mode, index, len(order))
             yield Record.from_arrays(store.get(order[shown]))
 
-    def output_frame(self, index: int) -> Record:
-        """The prepared picture of output frame `index` alone."""
+    def output_frame(self, index: int) -> tuple[Record, Box | None]:
+        """The prepared picture of output frame `index` alone, and the face's box in it, without margin."""
         frame, n_seen = self._picture_at(index)
         if n_seen <= index:
             frame, _ = self._picture_at(source_index(self.options.loop_mode, index, n_seen))
@@ -272,7 +281,8 @@ class SourcePreparer:
         # Not kept: a whole video prepares it together with others, and keeps that to the last digit.
         self._fresh.clear()
         self._fresh_bytes = 0
-        return record
+        face = self._face(frame.index)
+        return record, None if face is None else face.box
 
     def _picture_at(self, index: int) -> tuple[media.SourceFrame, int]:
         """Return the distinct picture visible at frame `index` (or the last one) and the number of frames decoded."""

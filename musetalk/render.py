@@ -78,6 +78,10 @@ class Preview:
     time_s: float
     warnings: tuple[str, ...] = ()
     model: str = ""
+    # Of the whole video, in s; the face as it was found in the source's picture, in px, without margin.
+    duration_s: float = 0.0
+    face_box: Box | None = None
+    source_size: tuple[int, int] = (0, 0)
 
     def save(self, path: Path) -> None:
         """Write it as PNG or JPEG, by the name. Raises EncodeError or DiskFullError."""
@@ -239,7 +243,7 @@ class RenderSession:
         """The output frame that is shown at a time; raises RequestError when there is none."""
         duration = float(self.n_frames / self._source.rate)
         if not 0 <= time_s <= duration:
-            raise RequestError(f"the preview's time must be from 0 to {duration:.3f} s", field="preview_s")
+            raise RequestError(f"the preview's time must be from 0 to {duration:.3f} s", field="time_s")
         # Times are reported in milliseconds: the rounded start of a frame must mean this frame and not the one before.
         return min(int((Fraction(time_s) + Fraction(1, 2000)) * self._source.rate), self.n_frames - 1)
 
@@ -336,7 +340,8 @@ class RenderSession:
         """
         index = self._index_at(time_s)
         with gpu_errors():
-            record = self._in_speech(self._preparer.output_frame(index), index)
+            record, face_box = self._preparer.output_frame(index)
+            record = self._in_speech(record, index)
             parts = self._launch([record], index).parts
             patches = [(patch, part.is_pasted) for part in parts for patch in part.pending.result()]
         self._preparer.keep()
@@ -348,6 +353,9 @@ class RenderSession:
             float(index / self._source.rate),
             self._all_warnings(),
             self.models.version,
+            float(self.n_frames / self._source.rate),
+            face_box,
+            (self._source.width, self._source.height),
         )
 
     def _records(self, store: FrameStore) -> Generator[Record, None, None] | BackgroundReader[Record]:

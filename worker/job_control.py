@@ -116,11 +116,21 @@ class JobProgress:
     total: int
 
 
+@dataclass(frozen=True)
+class RunningNow:
+    """The job that runs right now, for a person: its id, its progress, and the seconds so far."""
+
+    job_id: str
+    progress: JobProgress | None
+    elapsed_s: float
+
+
 class RunningJob:
     """The job that holds the slot: its control, its clock, and its progress, passed on to `on_progress`."""
 
-    def __init__(self, control: JobControl, on_progress: OnProgress) -> None:
-        self.control = control
+    def __init__(self, control: JobControl, on_progress: OnProgress, *, name: str | None = None) -> None:
+        """`name` is the job's id as others see it; None for work that is no job of theirs."""
+        self.control, self.name = control, name
         self.clock = StageClock()
         self.progress: JobProgress | None = None
         self._on_progress = on_progress

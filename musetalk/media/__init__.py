@@ -21,6 +21,7 @@ from musetalk.media.probe import inspect_source
 from musetalk.media.reading import SourceFrame
 from musetalk.media.scaling import fit_planes
 from musetalk.media.sound import inspect_audio
+from musetalk.media.thumbnails import thumbnail
 from musetalk.media.writing import (
     PICTURE_SUFFIXES,
     EncoderSettings,
@@ -51,5 +52,6 @@ __all__ = [
     "read_source",
     "read_waveform",
     "start_decoder",
+    "thumbnail",
     "write_picture",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from flask.testing import FlaskClient
 from app import create_app
 from musetalk.errors import DownloadError, MuseTalkError, ProcessingError
 from tests.support.fake_orchestrator import FakeOrchestrator
-from tests.support.results import a_result
+from tests.support.results import a_preview, a_result
 from tests.support.scripted_core import ScriptedCore
 from worker.config import ROOT
 from worker.job_control import JobProgress
@@ -40,9 +41,11 @@ from worker.orchestrator import (
     stage_update,
     succeeded_report,
 )
+from worker.own_files import SAMPLES
 from worker.readiness import Readiness, State
 from worker.stored import StoredObject, sidecar_bytes
-from worker.web import openapi
+from worker.web import openapi, openapi_orchestrator
+from worker.web.previews import picture_answer
 
 TEXT = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
 EXAMPLE = re.compile(r"<!-- example: ([\w ]+) -->\n```json\n(.*?)\n```", re.DOTALL)
@@ -141,6 +144,16 @@ def test_an_example_has_the_keys_of_the_real_body(kind: str, make: Callable[[], 
         ("result", openapi.result_schema()),
         ("failure", openapi.failure_schema()),
         ("health", openapi.health_schema()),
+        ("preview", openapi.preview_schema()),
+        ("heartbeat", openapi_orchestrator.heartbeat_schema()),
+        ("heartbeat answer", openapi_orchestrator.heartbeat_answer_schema()),
+        ("claim", openapi_orchestrator.claim_schema()),
+        ("succeeded", openapi_orchestrator.outcome_schema()),
+        ("failed", openapi_orchestrator.outcome_schema()),
+        ("progress", openapi_orchestrator.progress_schema()),
+        ("completed progress", openapi_orchestrator.progress_schema()),
+        ("failed progress", openapi_orchestrator.progress_schema()),
+        ("retryable progress", openapi_orchestrator.progress_schema()),
     ],
 )
 def test_an_example_fits_the_served_schema(kind: str, schema: dict[str, object]) -> None:
@@ -149,8 +162,31 @@ def test_an_example_fits_the_served_schema(kind: str, schema: dict[str, object])
 
 
 def test_the_example_of_a_job_is_a_job() -> None:
-    for example in examples("job"):
+    for example in (*examples("job"), *examples("preview")):
         assert parse_job(example).params.ignored == ()
+
+
+def test_answers_about_pictures_uploads_and_results_are_as_documented(core: ScriptedCore, client: FlaskClient) -> None:
+    stats = json.loads(picture_answer(a_preview(), b"", ".jpg").headers["X-Preview"])
+    assert set(examples("preview stats")[0]) == set(stats)
+    files = {name: (io.BytesIO(b"x"), name) for name in ("source", "audio")}
+    kept = client.post("/uploads", data=files).get_json()
+    (documented,) = examples("uploads")
+    assert set(kept) == set(documented)
+    assert all(len(kept[name]) == len(documented[name]) for name in kept)
+    core.settings.output_dir.mkdir()
+    for suffix in ("mp4", "json"):
+        (core.settings.output_dir / f"job-1.{suffix}").touch()
+    assert client.delete("/results/job-1.mp4").get_json() == examples("deleted")[0]
+
+
+def test_the_document_of_the_orchestrator_has_the_documented_routes() -> None:
+    paths: Any = openapi_orchestrator.orchestrator_document("1")["paths"]
+    assert set(paths) == set(re.findall(r"^### POST (/internal/\S+)$", TEXT, re.MULTILINE))
+
+
+def test_every_sample_is_documented() -> None:
+    assert {f"sample:{sample.name}" for sample in SAMPLES} <= set(re.findall(r"sample:[a-z]+", TEXT))
 
 
 def test_the_texts_of_failures_are_those_of_the_code() -> None:

@@ -140,7 +140,7 @@ def test_a_busy_worker_says_so_before_it_takes_the_files(make: Any, tmp_path: Pa
 def test_without_the_playground_there_is_no_page_and_no_upload(make: Any, tmp_path: Path) -> None:
     client, core = make(PLAYGROUND="0")
     assert client.get("/").status_code == 404
-    assert client.get("/playground/page.js").status_code == 404
+    assert client.get("/playground/main.js").status_code == 404
     answer = send(client)
     assert answer.status_code == 422
     assert failure(answer)["details"]["field"] == "body"
@@ -239,7 +239,7 @@ def test_an_upload_that_the_disk_has_no_room_for_is_refused_before_it_is_receive
     assert core.jobs == []
 
 
-@pytest.mark.parametrize("path", ["/", "/playground/page.js", "/playground/page.css", "/playground/demo/avatar.mp4"])
+@pytest.mark.parametrize("path", ["/", "/playground/main.js", "/playground/page.css", "/playground/demo/avatar.mp4"])
 def test_the_page_may_load_nothing_from_elsewhere(make: Any, path: str) -> None:
     client, _ = make(INTERNAL_API_KEY="secret-key")
     answer = client.get(path, environ_overrides={"REMOTE_ADDR": "203.0.113.9"}, buffered=True)

@@ -20,6 +20,7 @@ from tests.support import clips
 from tests.support.commands import run_core
 from tests.support.rendering import (
     FACE,
+    SIZE,
     SOUND,
     CountingWorker,
     MovingFaces,
@@ -141,6 +142,28 @@ def test_what_a_preview_searched_a_video_need_not_and_stays_the_same_to_the_byte
     assert (worker.faces.seen, worker.n_encoded) == ([], 9)
     other.render(source, audio, tmp_path / "without.mp4")
     assert (tmp_path / "after.mp4").read_bytes() == (tmp_path / "without.mp4").read_bytes()
+
+
+def test_an_option_that_moves_no_face_searches_none_again(core: Core, tmp_path: Path) -> None:
+    worker, other = CountingWorker(core, tmp_path / "one"), CountingWorker(core, tmp_path / "two")
+    source, audio = make_source(tmp_path / "source.mp4", 9), make_audio(tmp_path / "a.wav", 0.36)
+    worker.core.preview(source, audio, 0.3, JobParams())
+    worker.faces.seen.clear()
+    for params in (JobParams(extra_margin=7), JobParams(parsing_mode="raw"), JobParams(box_smoothing=1.0)):
+        worker.core.preview(source, audio, 0.3, params)
+    assert worker.faces.seen == []
+    worker.render(source, audio, tmp_path / "after.mp4", extra_margin=7)
+    assert worker.faces.seen == []
+    other.render(source, audio, tmp_path / "without.mp4", extra_margin=7)
+    assert (tmp_path / "after.mp4").read_bytes() == (tmp_path / "without.mp4").read_bytes()
+
+
+def test_a_preview_says_where_the_face_is_and_how_long_the_video_will_be(core: Core, tmp_path: Path) -> None:
+    source, audio = make_source(tmp_path / "source.mp4", 9), make_audio(tmp_path / "a.wav", 0.8)
+    made = preview(core, source, audio, 0.2, extra_margin=12)
+    assert made.face_box == FACE
+    assert made.source_size == (SIZE[1], SIZE[0])
+    assert made.duration_s == 0.8
 
 
 @pytest.mark.parametrize("time_s", [-0.01, 0.41, float("nan"), float("inf")])

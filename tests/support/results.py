@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 from musetalk.options import RenderOptions
 from worker.jobs import Job, JobResult, RenderedJob
+
+
+def a_preview() -> Any:
+    """What is known of a preview, without its picture: the real class would import torch."""
+    return SimpleNamespace(
+        index=37,
+        time_s=1.48,
+        warnings=("one thing",),
+        model="v15",
+        duration_s=9.56,
+        face_box=(1, 2, 3, 4),
+        source_size=(64, 48),
+    )
 
 
 def a_result(**changes: Any) -> JobResult:

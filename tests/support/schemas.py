@@ -40,7 +40,7 @@ def _of_kind(kind: str, schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
         text = st.text(min_size=schema.get("minLength", 0), max_size=longest)
         return (
             st.sampled_from(["http://", "https://"]).flatmap(lambda begin: text.map(begin.__add__))
-            if (schema.get("pattern") == "^https?://")
+            if ("https?://" in schema.get("pattern", ""))
             else text
         )
     if kind == "array":

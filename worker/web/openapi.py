@@ -17,6 +17,16 @@ from worker.jobs import (
 
 Json = dict[str, object]
 
+# Longer than any speech that is accepted.
+MAX_PREVIEW_S = 86_400
+# Works on every worker: the files ship with it.
+EXAMPLE: Json = {
+    "musetalk_job_id": "try-1",
+    "video_url": "sample:portrait",
+    "audio_url": "sample:short",
+    "params": {"silence": "closed"},
+}
+
 _NUMBER: Json = {"type": ["number", "null"]}
 _TEXT: Json = {"type": "string"}
 _KEY_NOTE = "Callers on this machine need no key; others need X-Internal-API-Key when the worker has one."
@@ -35,6 +45,7 @@ def document(version: str) -> Json:
         "paths": {
             "/hc": {"get": _health()},
             "/generate": {"post": _generate()},
+            "/preview": {"post": _preview()},
             "/generate/{job_id}": {"delete": _cancel(), "get": _progress()},
             "/outputs/{name}": {"get": _output()},
             "/metrics": {
@@ -43,6 +54,9 @@ def document(version: str) -> Json:
                     "responses": {"200": {"description": "Metrics", "content": {"text/plain": {"schema": _TEXT}}}},
                 }
             },
+            "/uploads": {"post": _keep()},
+            "/results": {"get": _results()},
+            "/results/{name}": {"delete": _delete_result()},
             "/openapi.json": {
                 "get": {"summary": "This document", "responses": {"200": _json("OpenAPI 3.1", {"type": "object"})}}
             },
@@ -50,6 +64,7 @@ def document(version: str) -> Json:
         "components": {
             "schemas": {
                 "Job": job_schema(),
+                "Preview": preview_schema(),
                 "Result": result_schema(),
                 "Failure": failure_schema(),
                 "Health": health_schema(),
@@ -61,11 +76,16 @@ def document(version: str) -> Json:
     }
 
 
+def params_schema() -> dict[str, Json]:
+    """The parameters of a job by their names, each with its meaning."""
+    return {name: {**row.schema, "description": row.meaning.replace("`", "")} for name, row in PARAMS.items()}
+
+
 def job_schema() -> Json:
     """The body of POST /generate."""
-    params: Json = {name: {**row.schema, "description": row.meaning.replace("`", "")} for name, row in PARAMS.items()}
     # `file:` addresses are for tests and closed machines, so they are not part of the public schema.
-    address: Json = {"type": "string", "format": "uri", "pattern": "^https?://", "maxLength": MAX_URL_LENGTH}
+    pattern = "^(https?://|sample:|upload:)"
+    address: Json = {"type": "string", "format": "uri", "pattern": pattern, "maxLength": MAX_URL_LENGTH}
     return {
         "type": "object",
         "required": ["musetalk_job_id", "video_url", "audio_url"],
@@ -76,12 +96,26 @@ def job_schema() -> Json:
                 "maxLength": MAX_ID_LENGTH,
                 "description": "Names the output; the same id again replaces it.",
             },
-            "video_url": {**address, "description": "Video or still."},
-            "audio_url": {**address, "description": "Any file that contains sound."},
+            "video_url": {**address, "description": "Video or still; sample:portrait ships with the worker."},
+            "audio_url": {**address, "description": "Any file that contains sound; sample:hello ships with it."},
             "aspect_ratio": {"type": ["string", "null"], "maxLength": MAX_TEXT_LENGTH, "examples": ["9:16"]},
             "resolution": {"type": ["string", "null"], "maxLength": MAX_TEXT_LENGTH, "examples": ["720p", "512x512"]},
-            "params": {"type": ["object", "null"], "properties": params},
+            "params": {"type": ["object", "null"], "properties": params_schema()},
         },
+    }
+
+
+def preview_schema() -> Json:
+    """The body of POST /preview."""
+    job = job_schema()
+    properties = job["properties"]
+    assert isinstance(properties, dict)
+    time: Json = {"type": ["number", "null"], "minimum": 0, "maximum": MAX_PREVIEW_S}
+    meaning = "Seconds from the start of the video; 0 by default."
+    return {
+        **job,
+        "required": ["musetalk_job_id", "video_url"],
+        "properties": {**properties, "time_s": {**time, "description": meaning}},
     }
 
 
@@ -179,7 +213,10 @@ def _generate() -> Json:
         "requestBody": {
             "required": True,
             "description": "JSON with addresses; files, where the playground is on.",
-            "content": {"application/json": {"schema": _ref("Job")}, "multipart/form-data": {"schema": _upload()}},
+            "content": {
+                "application/json": {"schema": _ref("Job"), "example": EXAMPLE},
+                "multipart/form-data": {"schema": _upload()},
+            },
         },
         "responses": {
             "200": _json("The video is stored", _ref("Result")),
@@ -197,6 +234,85 @@ def _generate() -> Json:
                 ),
                 (503, "Busy, or not able to run any job"),
             ),
+        },
+    }
+
+
+def _preview() -> Json:
+    form = _upload()
+    properties = form["properties"]
+    assert isinstance(properties, dict)
+    properties["time_s"] = {"type": "string", "description": "Seconds."}
+    picture: Json = {"schema": {"type": "string", "format": "binary"}}
+    return {
+        "summary": "One picture of the video that a job would make",
+        "description": "PNG if `Accept` asks for it, else JPEG. The header `X-Preview` has frame, time, length, and "
+        "the face's box as JSON. Without `audio_url` the picture is the source's.",
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": _ref("Preview"), "example": {**EXAMPLE, "time_s": 0.8}},
+                "multipart/form-data": {"schema": form},
+            },
+        },
+        "responses": {
+            "200": {"description": "The picture", "content": {"image/jpeg": picture, "image/png": picture}},
+            **_failures(
+                (401, "The header X-Internal-API-Key is missing or wrong"),
+                (403, "The request comes from a page of another site, or names the server in an unknown way"),
+                (409, "The preview was cancelled"),
+                (413, "The body is too large"),
+                (422, "The request or its media caused the error; a retry would fail again"),
+                (500, "Caused by the worker; `retryable` says if a retry can help"),
+                (503, "Busy, or not able to run any job"),
+            ),
+        },
+    }
+
+
+def _keep() -> Json:
+    file: Json = {"type": "string", "format": "binary"}
+    form: Json = {"type": "object", "properties": {"source": file, "audio": file}}
+    kept: Json = {"type": "object", "properties": {"video_url": _TEXT, "audio_url": _TEXT}}
+    return {
+        "summary": "Keep files for the next jobs and previews; only with the page",
+        "description": "The answer has the fields of a job that name the files. They stay for an hour after their "
+        "last use.",
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}},
+        "responses": {
+            "201": _json("Kept", kept),
+            **_failures(
+                (401, "The header X-Internal-API-Key is missing or wrong"),
+                (411, "The upload has no length"),
+                (413, "A file is too large"),
+                (422, "The form has no file"),
+                (503, "Other uploads are arriving"),
+            ),
+        },
+    }
+
+
+def _results() -> Json:
+    one: Json = {"type": "object", "properties": {"name": _TEXT, "path": _TEXT, "musetalk_job_id": _TEXT}}
+    body: Json = {"type": "object", "properties": {"results": {"type": "array", "items": one}}}
+    return {
+        "summary": "The newest results of the local folder; only with the page",
+        "responses": {
+            "200": _json("Newest first", body),
+            **_failures((401, "The header X-Internal-API-Key is missing or wrong")),
+        },
+    }
+
+
+def _delete_result() -> Json:
+    return {
+        "summary": "Remove a result of the local folder; only with the page",
+        "parameters": [
+            {"name": "name", "in": "path", "required": True, "schema": _TEXT, "example": "try-1.mp4"},
+        ],
+        "responses": {
+            "200": _json("Removed", {"type": "object"}),
+            **_failures((401, "The header X-Internal-API-Key is missing or wrong"), (404, "No such result")),
         },
     }
 
@@ -229,7 +345,7 @@ def _progress() -> Json:
     }
     return {
         "summary": "Progress of the running job, by any of its ids; frames in the stage inference",
-        "parameters": [{"name": "job_id", "in": "path", "required": True, "schema": _TEXT}],
+        "parameters": [{"name": "job_id", "in": "path", "required": True, "schema": _TEXT, "example": "try-1"}],
         "responses": {
             "200": _json("It runs", body),
             **_failures((401, "The header X-Internal-API-Key is missing or wrong"), (404, "No such job runs here")),
@@ -240,7 +356,7 @@ def _progress() -> Json:
 def _cancel() -> Json:
     return {
         "summary": "Cancel the running job by any of its ids",
-        "parameters": [{"name": "job_id", "in": "path", "required": True, "schema": _TEXT}],
+        "parameters": [{"name": "job_id", "in": "path", "required": True, "schema": _TEXT, "example": "try-1"}],
         "responses": {
             "202": _json("It stops within one chunk", {"type": "object"}),
             **_failures((401, "The header X-Internal-API-Key is missing or wrong"), (404, "No such job runs here")),
@@ -251,7 +367,7 @@ def _cancel() -> Json:
 def _output() -> Json:
     return {
         "summary": "A finished file, when no bucket is configured",
-        "parameters": [{"name": "name", "in": "path", "required": True, "schema": _TEXT}],
+        "parameters": [{"name": "name", "in": "path", "required": True, "schema": _TEXT, "example": "try-1.mp4"}],
         "responses": {
             "200": {"description": "The file", "content": {"video/mp4": {}, "application/json": {}}},
             **_failures((401, "The header X-Internal-API-Key is missing or wrong"), (404, "No such file")),

@@ -160,7 +160,7 @@ def uploaded_job(given: Request) -> Job:
         file = given.files.get(name)
         if file is None or not file.filename:
             raise RequestError(f"{name} must be a file", field=name)
-        paths[name] = _path_of(file, name, limit)
+        paths[name] = path_of(file, name, limit)
     return parse_upload(
         {
             "musetalk_job_id": job_id,
@@ -172,8 +172,8 @@ def uploaded_job(given: Request) -> Job:
     )
 
 
-def _path_of(file: FileStorage, name: str, limit: int) -> Path:
-    """Path of an uploaded file."""
+def path_of(file: FileStorage, name: str, limit: int) -> Path:
+    """Path of an uploaded file; raises RequestEntityTooLarge beyond `limit` bytes."""
     stream: Any = file.stream
     stream.flush()
     path = Path(stream.name)
@@ -192,22 +192,23 @@ def _params(form: Mapping[str, str]) -> object:
 @blueprint.get("/")
 def page() -> Response:
     """The page."""
-    return _guarded(send_from_directory(_PAGE, "index.html", max_age=0))
+    return guarded(send_from_directory(_PAGE, "index.html", max_age=0))
 
 
 @blueprint.get("/playground/<name>")
 def asset(name: str) -> Response:
     """Its style and its script."""
-    return _guarded(send_from_directory(_PAGE, name, max_age=0))
+    return guarded(send_from_directory(_PAGE, name, max_age=0))
 
 
-@blueprint.get("/playground/demo/<name>")
+@blueprint.get("/playground/demo/<path:name>")
 def demo_file(name: str) -> Response:
-    """The demo pair."""
-    return _guarded(send_from_directory(_DEMO_MEDIA, name, max_age=3600))
+    """The demo pair and the samples."""
+    return guarded(send_from_directory(_DEMO_MEDIA, name, max_age=3600))
 
 
-def _guarded(response: Response) -> Response:
+def guarded(response: Response) -> Response:
+    """Add the headers of the page: nothing may be loaded from elsewhere, and no type is guessed."""
     response.headers["Content-Security-Policy"] = _POLICY
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "no-referrer"
