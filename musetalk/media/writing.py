@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from musetalk.cores import MAX_THREADS, usable_cores
 from musetalk.errors import DiskFullError, EncodeError, MediaError
 from musetalk.files import is_disk_full, part_path, replacing, sync
 from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour, Matrix, Planes, black_planes, planes_to_bgr
@@ -56,7 +57,7 @@ class EncoderSettings:
     codec: str = "libx264"
     preset: str = "veryfast"
     crf: int = 16
-    threads: int = 0  # 0: all cores but one, which launches the GPU's work
+    threads: int = 0  # 0: the usable cores but one, which launches the GPU's work
 
     def options(self) -> dict[str, str]:
         """The encoder's private options."""
@@ -67,7 +68,7 @@ class EncoderSettings:
 
     def n_threads(self) -> int:
         """Encoder threads."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        return self.threads or max(1, min(usable_cores() - 1, MAX_THREADS))
 
 
 @dataclass(frozen=True)
