@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from musetalk.errors import GpuLostError, MuseTalkError, UnavailableError
 from storage import open_store
-from worker.config import Settings, load_settings
+from worker.config import Settings, limit_spinning, load_settings
 from worker.engine import Engine, EngineLoader, Rendered, video_stats
 from worker.inputs import JobFiles, fetch_inputs
 from worker.job_control import JobControl, JobProgress, OnProgress, ResultCache, RunningJob, StopReason
@@ -380,4 +380,5 @@ def shared_core() -> Core:
 if __name__ == "__main__":
     from worker.cli.render import main
 
+    limit_spinning()
     sys.exit(main(Core))

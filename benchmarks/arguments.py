@@ -101,6 +101,25 @@ def service(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def neighbour(description: str | None) -> argparse.Namespace:
+    """Arguments of benchmarks.neighbour; `--child` is for the processes that it starts itself."""
+    parser = _parser("neighbour", description)
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each setting in each situation")
+    parser.add_argument("--settings", default="default,own,passive", help="default, own, passive, or counts of spins")
+    parser.add_argument("--threads", type=int, default=0, help="threads of tensor work; default: as the worker chooses")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    wrong = [
+        name for name in options.settings.split(",") if name not in ("default", "own", "passive") and not name.isdigit()
+    ]
+    if wrong:
+        parser.error(f"unknown settings: {', '.join(wrong)}")
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return options
+
+
 def upstream_like(description: str | None) -> argparse.Namespace:
     """Arguments of benchmarks.upstream_like."""
     parser = _of_networks("upstream_like", description, "tiny")

@@ -56,7 +56,11 @@ ALLOWED: dict[str, set[str]] = {
     "worker/web/holding": set(),
     "worker/web/playground": {*BASE, "worker/config", "worker/jobs", "worker/work_dir", "worker/web/bodies"},
     "worker/cli/weights": {*MODEL, "worker/config"},
-    "worker/cli/start": {*BASE, "worker/config"},
+    "worker/cli/start": {*BASE, "worker/config", "worker/cli/cards", "worker/cli/fleet"},
+    "worker/cli/cards": {*BASE, "musetalk/cores", "worker/config"},
+    "worker/cli/fleet": {"worker/config"},
+    "worker/cli/summary": {*BASE, "worker/config", "worker/jobs", "worker/web/callers"},
+    "worker/cli/summary_conf": {"worker/config"},
     # Runs alone while the image is built.
     "worker/cli/salad_binary": set(),
     "worker/cli/tasks": {*BASE, "musetalk/output_geometry", "worker/jobs"},

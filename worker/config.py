@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -127,6 +127,19 @@ def _paths(value: str) -> tuple[Path, ...]:
     return tuple(Path(part).expanduser() for part in value.split(os.pathsep) if part.strip())
 
 
+def _cards(value: str) -> tuple[str, ...]:
+    """`all`, or cards by their numbers or UUIDs, each once."""
+    if value.lower() == "all":
+        return ("all",)
+    cards = [part.strip() for part in value.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,3}|(GPU|MIG)-[A-Za-z0-9-]+", card) for card in cards):
+        raise ValueError("must be `all` or the numbers of cards, separated by commas, like 0,2")
+    cards = [str(int(card)) if card.isdigit() else card for card in cards]
+    if len(set(cards)) < len(cards):
+        raise ValueError("must name each card once")
+    return tuple(cards)
+
+
 def _names(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
@@ -160,6 +173,8 @@ def variable(
 ENV_FILE = "MUSETALK_ENV_FILE"
 # Set by run_worker.sh to its process id, for the server that it starts.
 SCRIPT_PID = "MUSETALK_SCRIPT_PID"
+# Set by run_worker.sh for each server of several: the card that it works with.
+CARD = "MUSETALK_CARD"
 
 ModeChoice = Literal["queue", "buffer"]
 ModelChoice = Literal["auto", "v15", "v1", "demo"]
@@ -198,6 +213,7 @@ class Settings:
     unet_path: Path | None = variable("MUSETALK_UNET_MODEL_PATH", _path, "Another UNet weights file than the layout's.")
     unet_config_path: Path | None = variable("MUSETALK_UNET_CONFIG", _path, "Another UNet configuration file than the layout's.")
     device: DeviceChoice = variable("MUSETALK_DEVICE", _choice(DeviceChoice), "Where the networks run; `auto` uses the GPU when there is one.", "auto")
+    worker_gpus: tuple[str, ...] = variable("WORKER_GPUS", _cards, "Several cards in one machine, in buffer mode: `all`, or numbers as in `nvidia-smi`, like `0,2`. `run_worker.sh` starts a worker for each, on the ports after WORKER_PORT; unset: one worker.", "")
     dtype: DtypeChoice = variable("MUSETALK_DTYPE", _choice(DtypeChoice), "Precision of the networks; `auto` is float16 on a GPU with tensor cores, bfloat16 on a CPU with instructions for it, else float32.", "auto")
     acceleration: AccelerationChoice = variable("MUSETALK_ACCELERATION", _choice(AccelerationChoice), "On a GPU: `graphs` captures the networks as CUDA graphs, `compile` runs torch's compiler (minutes at start).", "none")
     device_pixels: AutoOrFlag = variable("DEVICE_PIXELS", _auto_or_flag, "1 cuts and pastes faces with tensor operations on the device of the networks; `auto` does so on a GPU.", "auto")
@@ -209,6 +225,7 @@ class Settings:
     video_encoder: EncoderChoice = variable("VIDEO_ENCODER", _choice(EncoderChoice), "H.264 encoder; `auto` tries NVENC with a real test encode on a GPU, else x264.", "auto")
     video_preset: PresetChoice = variable("VIDEO_PRESET", _choice(PresetChoice), "x264 preset: speed against size.", "veryfast")
     video_crf: int = variable("VIDEO_CRF", _whole(0, 51), "x264 quality: smaller is better and larger files.", "16")
+    video_threads: int = variable("VIDEO_THREADS", _whole(0, 64), "Threads of x264; 0 chooses the cores that this worker may use but one, at most 16.", "0")
     max_video_bytes: int = variable("MAX_VIDEO_BYTES", _whole(1, 2**40), "Largest source file that is downloaded.", "524288000")
     max_audio_bytes: int = variable("MAX_AUDIO_BYTES", _whole(1, 2**40), "Largest audio file that is downloaded.", "104857600")
     max_audio_s: float = variable("MAX_AUDIO_SEC", _seconds(1, 86400), "Longest audio that is rendered.", "900")
@@ -448,6 +465,27 @@ def exposure_problem(settings: Settings, host: str) -> str | None:
     )
 
 
+# Of the OpenMP library that torch's Linux wheels contain (GNU's): how long its threads wait by spinning.
+SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_SPINS = "4000"
+
+
+def limit_spinning(environment: MutableMapping[str, str] | None = None) -> None:
+    """Let tensor threads wait briefly by spinning, then sleep; call it before torch is imported.
+
+    By default they spin for milliseconds for a thread whose core another process has, and take the time that the other
+    process would have needed. A variable that is set already wins.
+    """
+    environment = os.environ if environment is None else environment
+    if not any(environment.get(name) for name in SPINNING):
+        environment["GOMP_SPINCOUNT"] = _SPINS
+
+
 def is_started_by_script() -> bool:
     """Whether run_worker.sh is the parent of this process; it passes its signals on."""
     return os.environ.get(SCRIPT_PID) == str(os.getppid())
+
+
+def card_of_process() -> str | None:
+    """Return the card that run_worker.sh gave to this process as one of several servers; None for a single one."""
+    return os.environ.get(CARD) or None

@@ -282,7 +282,7 @@ def _choose_encoder(settings: Settings, models: Models) -> EncoderSettings:
     encoder, reason = media.choose_encoder(preferred)
     if reason:
         logger.info("encoder chosen", extra={"encoder": encoder.codec, "reason": reason})
-    return replace(encoder, preset=settings.video_preset, crf=settings.video_crf)
+    return replace(encoder, preset=settings.video_preset, crf=settings.video_crf, threads=settings.video_threads)
 
 
 def _open_avatars(settings: Settings) -> AvatarCache | None:
