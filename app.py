@@ -35,9 +35,10 @@ from musetalk.errors import (
     UnavailableError,
 )
 from musetalk_core import Core, shared_core
-from worker.config import bind_addresses, exposure_problem, limit_spinning, load_settings, port_problem
+from worker.config import bind_addresses, exposure_problem, load_settings, port_problem
 from worker.jobs import DEMO_NOTICE, MAX_ID_LENGTH, Job, JobResult, error_body, parse_job, result_body
 from worker.orchestrator import Orchestrator, completed_update, failed_update, orchestrator_settings
+from worker.process_variables import limit_spinning
 from worker.progress_sender import ProgressSender
 from worker.telemetry import logger
 from worker.web import openapi, playground

@@ -19,15 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from musetalk.errors import SettingsError
-from worker.config import (
-    bind_addresses,
-    card_of_process,
-    exposure_problem,
-    is_started_by_script,
-    limit_spinning,
-    load_settings,
-    port_problem,
-)
+from worker.config import bind_addresses, exposure_problem, load_settings, port_problem
+from worker.process_variables import card_of_process, is_started_by_script, limit_spinning
 from worker.telemetry import add_to_every_line
 
 try:

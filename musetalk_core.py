@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 from musetalk.errors import GpuLostError, MuseTalkError, UnavailableError
 from storage import open_store
-from worker.config import Settings, limit_spinning, load_settings
+from worker.config import Settings, load_settings
 from worker.engine import Engine, EngineLoader, Rendered, video_stats
 from worker.inputs import JobFiles, fetch_inputs
 from worker.job_control import JobControl, JobProgress, OnProgress, ResultCache, RunningJob, StopReason
 from worker.jobs import Job, JobParams, JobResult, RenderedJob, Stage, sidecar_body
 from worker.machine import check_room, folder_problem, release_memory
+from worker.process_variables import limit_spinning
 from worker.readiness import Readiness, State, WorkerStatus
 from worker.stored import Store
 from worker.supervision import Supervisor

@@ -12,7 +12,7 @@ on them.
 from __future__ import annotations
 
 from benchmarks import arguments
-from worker.config import limit_spinning
+from worker.process_variables import limit_spinning
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and mistyped options are answered at once.

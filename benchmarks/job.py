@@ -14,7 +14,7 @@ face box, no network.
 from __future__ import annotations
 
 from benchmarks import arguments
-from worker.config import limit_spinning
+from worker.process_variables import limit_spinning
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and mistyped options are answered at once.

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import machine
-from worker.config import ROOT, SPINNING, limit_spinning
+from worker.config import ROOT
+from worker.process_variables import SPINNING, limit_spinning
 
 _MEDIA = ROOT / "demo/media"
 SITUATIONS = ("alone", "beside")

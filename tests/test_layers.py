@@ -56,9 +56,13 @@ ALLOWED: dict[str, set[str]] = {
     "worker/web/holding": set(),
     "worker/web/playground": {*BASE, "worker/config", "worker/jobs", "worker/work_dir", "worker/web/bodies"},
     "worker/cli/weights": {*MODEL, "worker/config"},
-    "worker/cli/start": {*BASE, "worker/config", "worker/cli/cards", "worker/cli/fleet"},
-    "worker/cli/cards": {*BASE, "musetalk/cores", "worker/config"},
-    "worker/cli/fleet": {"worker/config"},
+    "worker/process_variables": set(),
+    "worker/cli/start": {
+        *BASE,
+        *(f"worker/{name}" for name in ("config", "process_variables", "cli/cards", "cli/fleet")),
+    },
+    "worker/cli/cards": {*BASE, "musetalk/cores", "worker/config", "worker/process_variables"},
+    "worker/cli/fleet": {"worker/config", "worker/process_variables"},
     "worker/cli/summary": {*BASE, "worker/config", "worker/jobs", "worker/web/callers"},
     "worker/cli/summary_conf": {"worker/config"},
     # Runs alone while the image is built.
@@ -77,7 +81,14 @@ ALLOWED: dict[str, set[str]] = {
         *BASE,
         *("musetalk/fetch_progress", "musetalk/render"),
         *(f"worker/{name}" for name in ("config", "engine", "inputs", "job_control", "jobs", "machine", "stored")),
-        *("worker/readiness", "worker/supervision", "worker/telemetry", "worker/work_dir", "worker/cli/render"),
+        *(
+            "worker/process_variables",
+            "worker/readiness",
+            "worker/supervision",
+            "worker/telemetry",
+            "worker/work_dir",
+            "worker/cli/render",
+        ),
         "storage",
     },
     "poller": {
@@ -88,11 +99,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "app": {
         *("musetalk/errors", "musetalk/__version__", "musetalk_core"),
-        *(f"worker/{name}" for name in ("config", "jobs", "orchestrator", "progress_sender", "telemetry", "web")),
+        *(f"worker/{name}" for name in ("config", "jobs", "orchestrator", "process_variables", "progress_sender")),
+        *("worker/telemetry", "worker/web"),
     },
     "gunicorn.conf": {
         *BASE,
-        *(f"worker/{name}" for name in ("config", "lifecycle", "progress_sender", "telemetry")),
+        *(f"worker/{name}" for name in ("config", "lifecycle", "process_variables", "progress_sender", "telemetry")),
         *("musetalk_core", "poller"),
     },
 }

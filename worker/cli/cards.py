@@ -11,7 +11,8 @@ from pathlib import Path
 
 from musetalk.cores import MAX_THREADS, usable_cores
 from musetalk.errors import SettingsError
-from worker.config import CARD, Settings, load_settings
+from worker.config import Settings, load_settings
+from worker.process_variables import CARD
 
 # A driver in trouble may never answer.
 _NVIDIA_SMI_S = 60.0

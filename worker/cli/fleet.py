@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
-from worker.config import ROOT, SCRIPT_PID
+from worker.config import ROOT
+from worker.process_variables import SCRIPT_PID
 
 _POLL_S = 0.1
 # The first restart is quick; a server that cannot start must not keep a core busy.

@@ -26,7 +26,8 @@ from typing import Any
 from musetalk.errors import SettingsError
 from worker.cli.cards import CardWorker, card_workers, choose_cards
 from worker.cli.fleet import Child, Fleet
-from worker.config import ROOT, SCRIPT_PID, Settings, load_settings, port_problem
+from worker.config import ROOT, Settings, load_settings, port_problem
+from worker.process_variables import SCRIPT_PID
 
 _POLL_S = 0.1
 _READY_POLL_S = 0.5
