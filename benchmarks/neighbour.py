@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -164,6 +165,8 @@ def main() -> None:
     if given.child:
         be_child(given.threads)
         return
+    # The processes that it starts must end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     settings = given.settings.split(",")
     runs: list[Run] = []
     for number in range(given.rounds):

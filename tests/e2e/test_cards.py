@@ -260,6 +260,13 @@ def test_what_cannot_work_ends_the_start_in_one_line(environment: dict[str, str]
     assert reason in line
 
 
+def test_a_list_on_the_cpu_needs_no_cards(tmp_path: Path) -> None:
+    with reserved_ports(3) as port, socket.create_server(("127.0.0.1", port + 2)):
+        done = start_alone(tmp_path, {"WORKER_GPUS": "5,7", "MUSETALK_DEVICE": "cpu"}, port)
+    # Two workers, one of which has no port.
+    assert done.stderr.startswith(f"error: port {port + 2} is in use")
+
+
 def test_a_port_in_use_is_one_line_that_names_it(tmp_path: Path) -> None:
     with reserved_ports(4) as port, socket.create_server(("127.0.0.1", port + 2)):
         done = start_alone(tmp_path, {"WORKER_GPUS": "all"}, port)

@@ -17,7 +17,7 @@ from worker.process_variables import CARD
 # A driver in trouble may never answer.
 _NVIDIA_SMI_S = 60.0
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_EVERY_CARD = ("all",)
+EVERY_CARD = ("all",)
 # `0, GPU-1f…` as answered to a query, `GPU 0: NVIDIA … (UUID: GPU-1f…)` as in the list.
 _LISTED = re.compile(r"^(?:GPU )?(\d+)\b[^\n]*?(GPU-[\w-]+)?\)?$", re.MULTILINE)
 _QUERIES = (("--query-gpu=index,uuid", "--format=csv,noheader"), ("-L",))
@@ -86,7 +86,7 @@ def choose_cards(
         ]
         if not found:
             raise SettingsError(f"WORKER_GPUS is set, but {_VISIBLE} hides every card")
-    if tuple(wanted) == _EVERY_CARD:
+    if tuple(wanted) == EVERY_CARD:
         return [card.number for card in found]
     chosen: list[str] = []
     for name in wanted:

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from musetalk.errors import SettingsError
-from worker.cli.cards import CardWorker, card_workers, choose_cards
+from worker.cli.cards import EVERY_CARD, CardWorker, card_workers, choose_cards
 from worker.cli.fleet import Child, Fleet
 from worker.config import ROOT, Settings, load_settings, port_problem
 from worker.process_variables import SCRIPT_PID
@@ -175,7 +175,11 @@ def _workers(settings: Settings) -> list[CardWorker]:
             "WORKER_GPUS needs buffer mode (WORKER_MODE=buffer): a queue knows one address and sends it one job at a "
             "time. For a queue start a container for each card"
         )
-    cards = choose_cards(settings.worker_gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if settings.device == "cpu" and settings.worker_gpus != EVERY_CARD:
+        # No card is used, so the list only counts the workers.
+        cards = list(settings.worker_gpus)
+    else:
+        cards = choose_cards(settings.worker_gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return card_workers(settings, cards, os.environ)
 
 
