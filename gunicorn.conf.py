@@ -19,13 +19,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from musetalk.errors import SettingsError
-from worker.config import bind_addresses, exposure_problem, is_started_by_script, load_settings, port_problem
+from worker.config import bind_addresses, exposure_problem, load_settings, port_problem
+from worker.process_variables import card_of_process, is_started_by_script, limit_spinning
+from worker.telemetry import add_to_every_line
 
 try:
     _settings = load_settings()
 except SettingsError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+# The worker process inherits it, and imports torch later.
+limit_spinning()
 
 wsgi_app = "app:create_app()"
 bind = bind_addresses(_settings.listen_host, _settings.port)
@@ -60,6 +65,9 @@ LAST_PROGRESS_S = 3.0
 # run_worker.sh passes on a signal that the process group has received as well; within this time the two are one.
 _PASSED_ON_S = 2.0
 _is_started_by_script = is_started_by_script()
+# The servers of several cards write to one output.
+if (_card := card_of_process()) is not None:
+    add_to_every_line(card=_card)
 
 
 def on_starting(server: Any) -> None:
@@ -115,6 +123,8 @@ def post_worker_init(worker: Any) -> None:
 
     if (problem := exposure_problem(_settings, _settings.listen_host)) is not None:
         logger.warning(problem)
+    if _settings.worker_gpus and _card is None:
+        logger.warning("WORKER_GPUS has no effect here; start the worker with run_worker.sh")
     # /hc answers while the claim loop finishes its job.
     worker.still_working = lambda: (loop := running()) is not None and not loop.join(0)
     lifecycle = Lifecycle(

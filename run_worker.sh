@@ -4,6 +4,7 @@
 #   WORKER_PORT=8000 ./run_worker.sh
 #   ./run_worker.sh --demo      start, make the demo video, print its path, end
 #   ./run_worker.sh --help
+# With WORKER_GPUS it starts a worker for each card, and a summary of them on WORKER_PORT (docs/operations.md).
 # In queue mode it also starts Salad's queue binary, if it is installed, once /hc reports ready. When one of the two ends,
 # the other is stopped. worker/cli/start.py has the order in which SIGTERM stops them, so that no job is refused.
 set -euo pipefail
@@ -17,7 +18,8 @@ for argument in "$@"; do
     cat <<END
 $usage
 
-Start the worker on WORKER_PORT (8000), from the settings in the environment and .env.
+Start the worker on WORKER_PORT (8000), from the settings in the environment and .env; with WORKER_GPUS a worker for each
+card, on the ports behind it.
 
   -h, --help     show this text and end
   --demo         start, make the demo video, print its path, end

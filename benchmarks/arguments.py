@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -62,6 +63,31 @@ def job(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
+# The parts of benchmarks.card, in their order.
+CARD_PARTS = ("precision", "jobs", "rates", "faces", "goldens", "encoders", "profile")
+
+
+def card(description: str | None) -> argparse.Namespace:
+    """Arguments of benchmarks.card; `parts` is a list, `golden` a folder or None."""
+    parser = _parser("card", description)
+    parser.add_argument("--limit", type=float, default=460, metavar="S", help="seconds after which no part begins")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder for card.json and card.md")
+    parser.add_argument("--wheels", type=Path, default=Path("wheels"), help="folder with wheels of missing packages")
+    parser.add_argument("--golden", type=Path, help="folder with golden vectors; default: GOLDEN_DIR")
+    parser.add_argument("--parts", default=",".join(CARD_PARTS), help="comma-separated; default: all")
+    parser.add_argument("--model", choices=get_args(Size), default="full")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the benchmark itself out")
+    options = parser.parse_args()
+    options.parts = options.parts.split(",")
+    if unknown := [name for name in options.parts if name not in CARD_PARTS]:
+        parser.error(f"unknown parts: {', '.join(unknown)}; there are {', '.join(CARD_PARTS)}")
+    if options.golden is None and os.environ.get("GOLDEN_DIR"):
+        options.golden = Path(os.environ["GOLDEN_DIR"])
+    if options.golden is not None and not options.golden.is_dir():
+        parser.error("the folder with golden vectors does not exist")
+    return options
+
+
 def media(description: str | None) -> argparse.Namespace:
     """Arguments of benchmarks.media; `--side` and `--folder` are for the processes that it starts itself."""
     parser = _parser("media", description)
@@ -71,6 +97,8 @@ def media(description: str | None) -> argparse.Namespace:
     parser.add_argument("--audio", type=Path, help="its sound, at least as long as the frames used")
     parser.add_argument("--face-box", type=_box, help="X0,Y0,X1,Y1 in px; default: in the middle")
     parser.add_argument("--png-filter", choices=PNG_FILTERS, default=PNG_FILTERS[0], help="of upstream's source dump")
+    parser.add_argument("--encoders", action="store_true", help="only: x264's presets and NVENC, by CPU, size and PSNR")
+    parser.add_argument("--preset", default="veryfast", help="x264 preset of ours; default: the worker's")
     parser.add_argument("--decoding", action="store_true", help="only: what a decoder in its own process costs")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--side", choices=["ours", "upstream"], help=argparse.SUPPRESS)
@@ -99,6 +127,25 @@ def service(description: str | None) -> argparse.Namespace:
     parser.add_argument("--hogs", type=int, default=2, help="busy processes")
     parser.add_argument("--slow", type=int, default=500, help="slow connections")
     return parser.parse_args()
+
+
+def neighbour(description: str | None) -> argparse.Namespace:
+    """Arguments of benchmarks.neighbour; `--child` is for the processes that it starts itself."""
+    parser = _parser("neighbour", description)
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each setting in each situation")
+    parser.add_argument("--settings", default="default,own,passive", help="default, own, passive, or counts of spins")
+    parser.add_argument("--threads", type=int, default=0, help="threads of tensor work; default: as the worker chooses")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    wrong = [
+        name for name in options.settings.split(",") if name not in ("default", "own", "passive") and not name.isdigit()
+    ]
+    if wrong:
+        parser.error(f"unknown settings: {', '.join(wrong)}")
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return options
 
 
 def upstream_like(description: str | None) -> argparse.Namespace:

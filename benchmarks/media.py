@@ -2,6 +2,7 @@
 
     .venv/bin/python -m benchmarks.media [--frames 100] [--sizes 720p,1080p] [--json FILE]
     .venv/bin/python -m benchmarks.media --decoding      only: decoding in a process of its own against decoding here
+    .venv/bin/python -m benchmarks.media --encoders      only: x264's presets and NVENC on the same pictures
     .venv/bin/python -m benchmarks.media --clip FILE --audio FILE [--face-box X0,Y0,X1,Y1]
 
 Ours streams: decode, crop and mask once per source frame, paste in the planes, one x264 encode with the sound in it.
@@ -41,6 +42,7 @@ import numpy as np
 import psutil
 
 from benchmarks.arguments import FRAME_SIZES, PNG_FILTERS
+from benchmarks.encoders import encoder_rows, measure_encoders
 from benchmarks.material import RATE, centred_box, make_audio, make_clip
 from benchmarks.measuring import cpu_seconds, machine, memory
 from benchmarks.original import blend_whole, dump_source, encode_again, encode_pictures, read_picture
@@ -72,6 +74,7 @@ class Job:
     n_frames: int
     box: Box
     png_filter: str = PNG_FILTERS[0]
+    preset: str = "veryfast"
 
     @property
     def output(self) -> Path:
@@ -146,6 +149,7 @@ def run_ours(job: Job) -> int:
         n_frames=job.n_frames,
         audio_path=job.audio,
         audio_duration=job.n_frames / info.rate,
+        settings=media.EncoderSettings(preset=job.preset),
     )
 
     def paste_and_encode(item: tuple[Planes, PastePlan, UInt8Array]) -> None:
@@ -263,7 +267,7 @@ def run_side(side: str, job: Job) -> Report:
     job.folder.mkdir()
     command = [sys.executable, "-m", "benchmarks.media", "--side", side, "--frames", str(job.n_frames)]
     command += ["--clip", str(job.clip), "--audio", str(job.audio), "--folder", str(job.folder)]
-    command += ["--face-box", ",".join(map(str, job.box)), "--png-filter", job.png_filter]
+    command += ["--face-box", ",".join(map(str, job.box)), "--png-filter", job.png_filter, "--preset", job.preset]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     report = Report(**json.loads(done.stdout.splitlines()[-1]))
     check_output(side, job)
@@ -350,11 +354,11 @@ def given_case(clip: Path, audio: Path, n_frames: int, box: Box | None) -> Case:
     return Case(f"{info.width}x{info.height}", clip, audio, box, min(n_frames, n_available), n_available)
 
 
-def run_case(case: Case, folder: Path, png_filter: str) -> Result:
+def run_case(case: Case, folder: Path, png_filter: str, preset: str) -> Result:
     """Both sides of one case, one after the other, then ours again on more frames."""
 
     def job(name: str, n_frames: int) -> Job:
-        return Job(case.clip, case.audio, folder / f"{case.name}-{name}", n_frames, case.box, png_filter)
+        return Job(case.clip, case.audio, folder / f"{case.name}-{name}", n_frames, case.box, png_filter, preset)
 
     ours = run_side("ours", job("ours", case.n_frames))
     upstream = run_side("upstream", job("upstream", case.n_frames))
@@ -416,7 +420,8 @@ def main() -> None:
     """Measure and print; in a child process do one side and print its report as JSON."""
     options = arguments.media(__doc__)
     if options.side is not None:
-        job = Job(options.clip, options.audio, options.folder, options.frames, options.face_box, options.png_filter)
+        files = options.clip, options.audio, options.folder
+        job = Job(*files, options.frames, options.face_box, options.png_filter, options.preset)
         print(json.dumps(asdict(measure(options.side, job))))
         return
     results = []
@@ -424,21 +429,25 @@ def main() -> None:
         folder = Path(name)
         if options.clip is not None:
             clip, audio = options.clip.resolve(), options.audio.resolve()
-            results.append(
-                run_case(given_case(clip, audio, options.frames, options.face_box), folder, options.png_filter)
-            )
+            case = given_case(clip, audio, options.frames, options.face_box)
+            results.append(run_case(case, folder, options.png_filter, options.preset))
         else:
             for size in options.sizes.split(","):
+                if options.encoders:
+                    encodings = measure_encoders(size, options.frames, with_hardware=True)
+                    print("\n".join(encoder_rows(encodings)), flush=True)
+                    continue
                 if options.decoding:
                     case = synthetic_case(size, options.frames, folder)
                     print(compare_decoding(case.clip, case.n_available))
                     continue
-                results.append(run_case(synthetic_case(size, options.frames, folder), folder, options.png_filter))
-    if options.decoding:
+                case = synthetic_case(size, options.frames, folder)
+                results.append(run_case(case, folder, options.png_filter, options.preset))
+    if options.decoding or options.encoders:
         return
     facts = machine()
     print(f"{facts['date']}  {facts['cpu']}, {facts['cores']} cores, load {facts['load'][0]:.1f}, av {facts['av']}")
-    print(f"upstream's source dump with PNG prediction {options.png_filter}")
+    print(f"upstream's source dump with PNG prediction {options.png_filter}; ours with the preset {options.preset}")
     print(table(results))
     if options.json is not None:
         options.json.write_text(json.dumps(as_json(results, options.png_filter), indent=2) + "\n", encoding="utf-8")

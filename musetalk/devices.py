@@ -5,14 +5,15 @@ Knows torch, nothing of networks or pictures.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import torch
 
+from musetalk.cores import thread_count
 from musetalk.errors import GpuLostError, OutOfMemoryError, ProcessingError, WeightsError
 
 _MIB = 2**20
@@ -78,10 +79,12 @@ def configure_threads(wanted: int, device: torch.device) -> int:
     """Set and return the number of CPU threads for tensor work; 0 chooses.
 
     With a GPU one thread is right: what is left on the CPU is small, and more threads only spin
-    (docs/model.md#precision-and-batches).
+    (docs/model.md#precision-and-batches). Without one, as many as the cores that the CPU quota leaves.
     """
-    n_threads = wanted or (1 if device.type == "cuda" else len(os.sched_getaffinity(0)))
+    n_threads = wanted or (1 if device.type == "cuda" else thread_count())
     torch.set_num_threads(n_threads)
+    # OpenCV counts the machine's cores, without the quota of newer control groups.
+    cv2.setNumThreads(min(cv2.getNumThreads(), thread_count()))
     return n_threads
 
 

@@ -71,7 +71,15 @@ ALLOWED: dict[str, set[str]] = {
     "worker/web/previews": {*BASE, "musetalk/render", "worker/jobs", "worker/web/openapi"},
     "worker/web/playground": {*BASE, "worker/config", "worker/jobs", "worker/work_dir", "worker/web/bodies"},
     "worker/cli/weights": {*MODEL, "worker/config"},
-    "worker/cli/start": {*BASE, "worker/config"},
+    "worker/process_variables": set(),
+    "worker/cli/start": {
+        *BASE,
+        *(f"worker/{name}" for name in ("config", "process_variables", "cli/cards", "cli/fleet")),
+    },
+    "worker/cli/cards": {*BASE, "musetalk/cores", "worker/config", "worker/process_variables"},
+    "worker/cli/fleet": {"worker/config", "worker/process_variables"},
+    "worker/cli/summary": {*BASE, "worker/config", "worker/jobs", "worker/web/callers"},
+    "worker/cli/summary_conf": {"worker/config"},
     # Runs alone while the image is built.
     "worker/cli/salad_binary": set(),
     "worker/cli/tasks": {*BASE, "musetalk/output_geometry", "worker/jobs"},
@@ -88,7 +96,14 @@ ALLOWED: dict[str, set[str]] = {
         *BASE,
         *("musetalk/fetch_progress", "musetalk/render"),
         *(f"worker/{name}" for name in ("config", "engine", "inputs", "job_control", "jobs", "machine", "stored")),
-        *("worker/readiness", "worker/supervision", "worker/telemetry", "worker/work_dir", "worker/cli/render"),
+        *(
+            "worker/process_variables",
+            "worker/readiness",
+            "worker/supervision",
+            "worker/telemetry",
+            "worker/work_dir",
+            "worker/cli/render",
+        ),
         "storage",
     },
     "poller": {
@@ -99,11 +114,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "app": {
         *("musetalk/errors", "musetalk/__version__", "musetalk_core"),
-        *(f"worker/{name}" for name in ("config", "jobs", "orchestrator", "progress_sender", "telemetry", "web")),
+        *(f"worker/{name}" for name in ("config", "jobs", "orchestrator", "process_variables", "progress_sender")),
+        *("worker/telemetry", "worker/web"),
     },
     "gunicorn.conf": {
         *BASE,
-        *(f"worker/{name}" for name in ("config", "lifecycle", "progress_sender", "telemetry")),
+        *(f"worker/{name}" for name in ("config", "lifecycle", "process_variables", "progress_sender", "telemetry")),
         *("musetalk_core", "poller"),
     },
 }

@@ -280,9 +280,13 @@ def _choose_encoder(settings: Settings, models: Models) -> EncoderSettings:
     is_cpu = models.device.type == "cpu"
     preferred = "libx264" if settings.video_encoder == "auto" and is_cpu else settings.video_encoder
     encoder, reason = media.choose_encoder(preferred)
+    preset: str = settings.video_preset
+    if preset == "auto":
+        # A data-centre card draws faster than the cores beside it encode, and has no encoder of its own.
+        preset = "veryfast" if is_cpu or encoder.codec != "libx264" else "lean"
     if reason:
-        logger.info("encoder chosen", extra={"encoder": encoder.codec, "reason": reason})
-    return replace(encoder, preset=settings.video_preset, crf=settings.video_crf)
+        logger.info("encoder chosen", extra={"encoder": encoder.codec, "preset": preset, "reason": reason})
+    return replace(encoder, preset=preset, crf=settings.video_crf, threads=settings.video_threads)
 
 
 def _open_avatars(settings: Settings) -> AvatarCache | None:

@@ -45,6 +45,8 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 _secrets: set[str] = set()
+# Written into every line.
+_constant_fields: dict[str, str] = {}
 # Deeper values are written as text.
 _MAX_DEPTH = 6
 
@@ -62,6 +64,11 @@ def redacted(text: str) -> str:
     return text
 
 
+def add_to_every_line(**fields: str) -> None:
+    """Write `fields` into every later log line of this process and of those it forks."""
+    _constant_fields.update(fields)
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, severity (the level field Salad reads), message, job id, extras."""
 
@@ -71,6 +78,7 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "severity": record.levelname.lower(),
             "message": _message(record),
+            **_constant_fields,
         }
         if (job_id := _job_id.get()) is not None:
             entry["job_id"] = job_id

@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from musetalk.cores import MAX_THREADS, usable_cores
 from musetalk.errors import DiskFullError, EncodeError, MediaError
 from musetalk.files import is_disk_full, part_path, replacing, sync
 from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour, Matrix, Planes, black_planes, planes_to_bgr
@@ -41,6 +42,8 @@ _JPEG_QUALITY = 95
 _BIT_RATES = {1: 96_000, 2: 160_000}
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
 _SOFTWARE_CODEC, _HARDWARE_CODEC = "libx264", "h264_nvenc"
+# x264's `superfast` with the look-ahead of `veryfast`: it spends bits on what stays the same, most of a talking head.
+_LEAN = {"preset": "superfast", "x264-params": "mbtree=1:rc-lookahead=10"}
 _ENCODERS = ("auto", _SOFTWARE_CODEC, _HARDWARE_CODEC)
 # Code points (ITU-T H.273) that x264 writes; it drops others, and a player would have to guess.
 _WRITTEN_PRIMARIES = {1, *range(4, 13)}
@@ -51,23 +54,28 @@ _CLOCK_TOLERANCE = Fraction(1, 10_000)
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """Settings of the video encoder; `crf` (0..51) is x264's constant quality, NVENC's quantiser follows it."""
+    """Settings of the video encoder; `crf` (0..51) is x264's constant quality, NVENC's quantiser follows it.
+
+    `preset` is one of x264's, or `lean`, which takes about half of the time of `veryfast` for somewhat larger files
+    (benchmarks/RESULTS.md).
+    """
 
     codec: str = "libx264"
     preset: str = "veryfast"
     crf: int = 16
-    threads: int = 0  # 0: all cores but one, which launches the GPU's work
+    threads: int = 0  # 0: the usable cores but one, which launches the GPU's work
 
     def options(self) -> dict[str, str]:
         """The encoder's private options."""
         if self.codec == _HARDWARE_CODEC:
             return {"preset": "p4", "rc": "vbr", "cq": str(min(self.crf + 3, 51)), "b:v": "0", "profile": "high"}
         # 0 is lossless, which High profile does not have and browsers do not play.
-        return {"preset": self.preset, "crf": str(max(self.crf, 1)), "profile": "high"}
+        preset = _LEAN if self.preset == "lean" else {"preset": self.preset}
+        return {**preset, "crf": str(max(self.crf, 1)), "profile": "high"}
 
     def n_threads(self) -> int:
         """Encoder threads."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        return self.threads or max(1, min(usable_cores() - 1, MAX_THREADS))
 
 
 @dataclass(frozen=True)

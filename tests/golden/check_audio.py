@@ -19,6 +19,7 @@ from musetalk import audio
 from tests.golden.compare import absolute, every
 from tests.support.seeded import seeded_tensor
 
+CPU = torch.device("cpu")
 WHISPER_TINY = {
     "d_model": 384,
     "encoder_layers": 4,
@@ -39,7 +40,7 @@ def whisper(seed: int, config: str = json.dumps(WHISPER_TINY)) -> audio.AudioEnc
     }
     encoder.load_state_dict(state)
     extractor = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
-    return audio.AudioEncoder(encoder, extractor, torch.device("cpu"), torch.float32)
+    return audio.AudioEncoder(encoder, extractor, CPU, torch.float32)
 
 
 def waveform_of(pcm: NDArray[Any]) -> NDArray[Any]:

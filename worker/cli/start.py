@@ -1,5 +1,7 @@
 """The running part of run_worker.sh: the server, and beside it Salad's queue binary in queue mode.
 
+With WORKER_GPUS it is a server for each card and a summary of them (worker/cli/fleet.py).
+
 Salad's binary cuts its request when it is stopped, and sends a refused job to the same worker again within a second,
 four times in all. So nothing may refuse it: an idle worker stops the binary first; a worker in a job lets the server
 finish it, waits until the binary has passed the answer on, and stops the binary while the server still holds new jobs.
@@ -17,11 +19,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 from musetalk.errors import SettingsError
-from worker.config import ROOT, SCRIPT_PID, load_settings
+from worker.cli.cards import EVERY_CARD, CardWorker, card_workers, choose_cards
+from worker.cli.fleet import Child, Fleet
+from worker.config import ROOT, Settings, load_settings, port_problem
+from worker.process_variables import SCRIPT_PID
 
 _POLL_S = 0.1
 _READY_POLL_S = 0.5
@@ -162,14 +168,54 @@ def _configuration() -> str:
     return str(parser.parse_args().config)
 
 
+def _workers(settings: Settings) -> list[CardWorker]:
+    """The workers that WORKER_GPUS asks for; raises SettingsError."""
+    if not settings.is_buffer_mode:
+        raise SettingsError(
+            "WORKER_GPUS needs buffer mode (WORKER_MODE=buffer): a queue knows one address and sends it one job at a "
+            "time. For a queue start a container for each card"
+        )
+    if settings.device == "cpu" and settings.worker_gpus != EVERY_CARD:
+        # No card is used, so the list only counts the workers.
+        cards = list(settings.worker_gpus)
+    else:
+        cards = choose_cards(settings.worker_gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return card_workers(settings, cards, os.environ)
+
+
+def _fleet(settings: Settings, workers: Sequence[CardWorker], configuration: str) -> Fleet:
+    """A server for each worker and the summary of them, not started yet."""
+    gunicorn = ["-m", "gunicorn", "--config"]
+    cards = [Child(f"card {each.card}", [*gunicorn, configuration], each.variables) for each in workers]
+    places = tuple((each.card, each.worker_id, each.port) for each in workers)
+    arguments = [*gunicorn, "python:worker.cli.summary_conf", f"worker.cli.summary:create_app({places!r})"]
+    summary = Child("summary", arguments, {}, own_group=True)
+    return Fleet(cards, summary, graceful_s=settings.graceful_timeout_s, say=say)
+
+
+def _run_fleet(settings: Settings, workers: Sequence[CardWorker], configuration: str) -> int:
+    """Run a server for each card; return the exit status."""
+    for port in (settings.port, *(each.port for each in workers)):
+        if (problem := port_problem(settings.listen_host, port)) is not None:
+            print(f"error: {problem}", file=sys.stderr)
+            return 1
+    say(
+        f"starting {len(workers)} workers, on ports {workers[0].port} to {workers[-1].port}; summary on {settings.port}"
+    )
+    return _fleet(settings, workers, configuration).run()
+
+
 def main() -> int:
     """Start what the settings ask for; return the exit status (2: wrong settings or arguments)."""
     configuration = _configuration()
     try:
         settings = load_settings()
+        workers = _workers(settings) if settings.worker_gpus else []
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if workers:
+        return _run_fleet(settings, workers, configuration)
     server = [sys.executable, "-m", "gunicorn", "--config", configuration]
     binary = None if settings.is_buffer_mode else shutil.which(settings.salad_queue_worker)
     if binary is None:
