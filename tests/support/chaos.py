@@ -169,14 +169,14 @@ class Chaos:
         self._ledger, self._bucket, self._host, self._work = ledger, bucket, host, work
         self._serving, self._parent = serving, parent
         self.happened: Counter[str] = Counter()
-        self._gentle = {
+        self._gentle: dict[str, Callable[[], object]] = {
             "orchestrator": self._orchestrator,
             "bucket": self._bucket_fault,
             "pause": self._pause,
             "disk": self._fill_disk,
             "media": self._cut_media,
         }
-        self._rough = {
+        self._rough: dict[str, Callable[[], object]] = {
             "kill the serving process": lambda: self._signal(self._serving(), signal.SIGKILL),
             "kill the parent": lambda: self._signal(self._parent(), signal.SIGKILL),
             "stop": lambda: self._signal(self._parent(), signal.SIGTERM),
