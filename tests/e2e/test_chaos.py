@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.test_damaged_files import damaged
 from tests.support.buffer_mode import start_worker
 from tests.support.chaos import Chaos, Figures, Ledger, figures_of
 from tests.support.fake_b2 import FakeB2
@@ -28,6 +27,7 @@ from tests.support.media_host import Answer, MediaHost
 from tests.support.rendering import FACE, durations_of, make_audio, make_source
 from tests.support.server import Server, wait_until
 from tests.support.small_disk import small_disk
+from tests.support.strangers import damaged
 
 DISK_MIB = 200
 LENGTHS_S = (0.3, 0.6, 1.2)

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.support.clips import Sound, picture, tone, write_clip, write_sound
 from tests.support.rendering import make_audio, make_source
 from tests.support.server import Server
-from tests.support.strangers import many_channels, pcm_wav, write_many
+from tests.support.strangers import damaged, many_channels, pcm_wav, write_many
 
 RATE = 48_000
 SOUNDS: dict[str, dict[str, Any]] = {
@@ -75,30 +75,6 @@ def write_all(folder: Path) -> tuple[list[Path], list[Path]]:
     sounds.append(write_many(folder / "8.flac", many_channels(tone(0.4, RATE), 8), RATE, "flac", "s16"))
     (folder / "16.wav").write_bytes(pcm_wav(many_channels(tone(0.4, RATE), 16), RATE))
     return sources, [*sounds, folder / "16.wav"]
-
-
-def damaged(data: bytes, other: bytes, rng: random.Random) -> bytes:
-    """The bytes cut, with bits turned, a stretch of zeros, doubled or missing, or joined to another file's."""
-    spoiled = bytearray(data)
-    kind = rng.choice(["flip", "flip", "flip", "cut", "join", "zeros", "drop", "double"])
-    start = rng.randrange(len(spoiled))
-    end = min(len(spoiled), start + rng.randrange(1, max(2, len(spoiled) // 4)))
-    if kind == "flip":
-        for _ in range(rng.choice([1, 4, 16, 64])):
-            # Half of the flips in the head, where the sizes and counts are.
-            limit = 600 if rng.random() < 0.5 else len(spoiled)
-            spoiled[rng.randrange(min(limit, len(spoiled)))] ^= 1 << rng.randrange(8)
-    elif kind == "cut":
-        del spoiled[max(1, start) :]
-    elif kind == "join":
-        spoiled = spoiled[:end] + other[rng.randrange(len(other)) :]
-    elif kind == "zeros":
-        spoiled[start:end] = bytes(end - start)
-    elif kind == "drop":
-        del spoiled[start:end]
-    else:
-        spoiled[start:start] = spoiled[start:end]
-    return bytes(spoiled) or b"\0"
 
 
 @pytest.fixture(scope="module")

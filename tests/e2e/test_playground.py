@@ -29,7 +29,11 @@ pytestmark = pytest.mark.skipif(missing_programs() is not None, reason=missing_p
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("playground")
-    options: dict[str, Any] = {"PLAYGROUND": "1", "BATCH_SIZE": "2", "INTERNAL_API_KEY": "right"}  # pragma: allowlist secret
+    options: dict[str, Any] = {
+        "PLAYGROUND": "1",
+        "BATCH_SIZE": "2",
+        "INTERNAL_API_KEY": "right",
+    }  # pragma: allowlist secret
     server = Server(folder, folder / "no-models", **options)
     try:
         server.wait_for(200)

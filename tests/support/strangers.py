@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -99,3 +100,27 @@ def joined(path: Path, parts: Sequence[Path]) -> Path:
 
 
 __all__ = ["Sound", "joined", "many_channels", "pcm_wav", "rewrite", "write_many", "write_sound"]
+
+
+def damaged(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    """The bytes cut, with bits turned, a stretch of zeros, doubled or missing, or joined to another file's."""
+    spoiled = bytearray(data)
+    kind = rng.choice(["flip", "flip", "flip", "cut", "join", "zeros", "drop", "double"])
+    start = rng.randrange(len(spoiled))
+    end = min(len(spoiled), start + rng.randrange(1, max(2, len(spoiled) // 4)))
+    if kind == "flip":
+        for _ in range(rng.choice([1, 4, 16, 64])):
+            # Half of the flips in the head, where the sizes and counts are.
+            limit = 600 if rng.random() < 0.5 else len(spoiled)
+            spoiled[rng.randrange(min(limit, len(spoiled)))] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del spoiled[max(1, start) :]
+    elif kind == "join":
+        spoiled = spoiled[:end] + other[rng.randrange(len(other)) :]
+    elif kind == "zeros":
+        spoiled[start:end] = bytes(end - start)
+    elif kind == "drop":
+        del spoiled[start:end]
+    else:
+        spoiled[start:start] = spoiled[start:end]
+    return bytes(spoiled) or b"\0"
