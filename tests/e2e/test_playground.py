@@ -504,7 +504,7 @@ def test_axe_finds_nothing_serious(page: Page, tmp_path: Path, speech: Path) -> 
 
 
 def test_the_reference_is_complete_and_its_examples_work(page: Page, browser: webdriver.Chrome, worker: Server) -> None:
-    browser.get(f"{worker.url}/docs#/default/post_preview")
+    browser.get(f"{worker.url}/docs#/default/postPreview")
     page.wait(lambda: page.js("document.querySelectorAll('.opblock').length") >= 10)
     page.wait(lambda: page.js("document.querySelector('.is-open .execute') !== null"))
     browser.execute_script("document.querySelector('.is-open .execute').scrollIntoView({block: 'center'})")

@@ -162,7 +162,7 @@ def test_a_preview_says_where_the_face_is_and_how_long_the_video_will_be(core: C
     source, audio = make_source(tmp_path / "source.mp4", 9), make_audio(tmp_path / "a.wav", 0.8)
     made = preview(core, source, audio, 0.2, extra_margin=12)
     assert made.face_box == FACE
-    assert made.source_size == (SIZE[1], SIZE[0])
+    assert made.source_size == SIZE
     assert made.duration_s == 0.8
 
 

@@ -5,6 +5,8 @@ Knows the wire, no Flask.
 
 from __future__ import annotations
 
+import re
+
 from worker.jobs import (
     ALWAYS_REPORTED,
     ERROR_TYPES,
@@ -42,25 +44,27 @@ def document(version: str) -> Json:
             "version": version,
             "description": "Lip-syncs a video or still to a speech track. One job at a time. " + _KEY_NOTE,
         },
-        "paths": {
-            "/hc": {"get": _health()},
-            "/generate": {"post": _generate()},
-            "/preview": {"post": _preview()},
-            "/generate/{job_id}": {"delete": _cancel(), "get": _progress()},
-            "/outputs/{name}": {"get": _output()},
-            "/metrics": {
-                "get": {
-                    "summary": "Metrics in Prometheus' text format",
-                    "responses": {"200": {"description": "Metrics", "content": {"text/plain": {"schema": _TEXT}}}},
-                }
-            },
-            "/uploads": {"post": _keep()},
-            "/results": {"get": _results()},
-            "/results/{name}": {"delete": _delete_result()},
-            "/openapi.json": {
-                "get": {"summary": "This document", "responses": {"200": _json("OpenAPI 3.1", {"type": "object"})}}
-            },
-        },
+        "paths": with_ids(
+            {
+                "/hc": {"get": _health()},
+                "/generate": {"post": _generate()},
+                "/preview": {"post": _preview()},
+                "/generate/{job_id}": {"delete": _cancel(), "get": _progress()},
+                "/outputs/{name}": {"get": _output()},
+                "/metrics": {
+                    "get": {
+                        "summary": "Metrics in Prometheus' text format",
+                        "responses": {"200": {"description": "Metrics", "content": {"text/plain": {"schema": _TEXT}}}},
+                    }
+                },
+                "/uploads": {"post": _keep()},
+                "/results": {"get": _results()},
+                "/results/{name}": {"delete": _delete_result()},
+                "/openapi.json": {
+                    "get": {"summary": "This document", "responses": {"200": _json("OpenAPI 3.1", {"type": "object"})}}
+                },
+            }
+        ),
         "components": {
             "schemas": {
                 "Job": job_schema(),
@@ -74,6 +78,15 @@ def document(version: str) -> Json:
         # The empty entry: callers on the worker's machine need no key.
         "security": [{}, {"key": []}],
     }
+
+
+def with_ids(paths: dict[str, dict[str, Json]]) -> Json:
+    """The routes, each with an id made of its method and its path: `postPreview`, `deleteGenerateJobId`."""
+    named: Json = {}
+    for path, methods in paths.items():
+        words = "".join(word.title() for word in re.findall(r"[a-z]+", path))
+        named[path] = {method: {"operationId": method + words, **route} for method, route in methods.items()}
+    return named
 
 
 def params_schema() -> dict[str, Json]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from worker.jobs import ERROR_TYPES, STAGES
-from worker.web.openapi import Json, job_schema
+from worker.web.openapi import Json, job_schema, with_ids
 
 _TEXT: Json = {"type": "string"}
 _PHASES = ("downloading", "preparing", "inferring", "encoding", "uploading", "completed", "failed")
@@ -26,12 +26,14 @@ def orchestrator_document(version: str) -> Json:
                 "description": "ORCHESTRATOR_BASE_URL, or BUFFER_ORCHESTRATOR_BASE_URL for the routes of buffer mode",
             }
         ],
-        "paths": {
-            "/internal/buffer/workers/{worker_id}/heartbeat": {"post": _heartbeat()},
-            "/internal/buffer/jobs/claim": {"post": _claim()},
-            "/internal/buffer/jobs/{buffer_job_id}/status": {"post": _status()},
-            "/internal/jobs/{musetalk_job_id}/progress": {"post": _progress()},
-        },
+        "paths": with_ids(
+            {
+                "/internal/buffer/workers/{worker_id}/heartbeat": {"post": _heartbeat()},
+                "/internal/buffer/jobs/claim": {"post": _claim()},
+                "/internal/buffer/jobs/{buffer_job_id}/status": {"post": _status()},
+                "/internal/jobs/{musetalk_job_id}/progress": {"post": _progress()},
+            }
+        ),
         "components": {
             "schemas": {
                 "Heartbeat": heartbeat_schema(),

@@ -32,6 +32,7 @@ export function plain(text) {
   return String(text || "")
     .replace(/\bparams\.(\w+)/g, (_all, name) => `“${labels[name] || name.replaceAll("_", " ")}”`)
     .replace(/\b(video_url|audio_url|musetalk_job_id|time_s|preview_s)\b/g, (name) => FIELDS[name])
+    .replace("must have x1 > x0 and y1 > y0", "needs its right edge to the right of the left one, and its bottom below its top")
     .replace(/\bparams\b/g, "the options")
     .replace(/^the (source|video)\b/i, "the face file").replace(/^the audio\b/i, "the speech file");
 }
