@@ -205,7 +205,7 @@ class Generator:
     def _constant(self, key: tuple[int, int], make: Callable[[], Tensor]) -> Tensor:
         """A tensor that stays on the device after its first use, because each copy would wait for the GPU."""
         if key not in self._tables:
-            self._tables[key] = make().to(self._device)
+            self._tables[key] = sent(make(), self._device)
         return self._tables[key]
 
     @torch.inference_mode()
