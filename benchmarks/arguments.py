@@ -148,6 +148,20 @@ def neighbour(description: str | None) -> argparse.Namespace:
     return options
 
 
+def modelled_card(description: str | None) -> argparse.Namespace:
+    """Arguments of benchmarks.modelled_card; the defaults are an H100 as estimated (no measurement)."""
+    parser = _parser("modelled_card", description)
+    parser.add_argument("--frame-ms", type=float, default=2.75, help="the card's time for a frame")
+    parser.add_argument("--launch-ms", type=float, default=0.5, help="time to launch a chunk; 15 without graphs")
+    parser.add_argument("--encode-ms", type=float, default=2.475, help="the encoder's time for a frame")
+    parser.add_argument("--batches", default="8,16,32")
+    parser.add_argument("--seconds", type=int, default=20, help="length of the speech")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--real-encoder", action="store_true", help="x264 instead of a sleep")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    return parser.parse_args()
+
+
 def upstream_like(description: str | None) -> argparse.Namespace:
     """Arguments of benchmarks.upstream_like."""
     parser = _of_networks("upstream_like", description, "tiny")

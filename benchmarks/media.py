@@ -47,12 +47,12 @@ from benchmarks.material import RATE, centred_box, make_audio, make_clip
 from benchmarks.measuring import cpu_seconds, machine, memory
 from benchmarks.original import blend_whole, dump_source, encode_again, encode_pictures, read_picture
 from musetalk import media
+from musetalk.batches import QUEUE_DEPTH
 from musetalk.blending import PastePlan, blend_mask, crop_for_parsing, face_mask, paste_planes
 from musetalk.frames import Matrix, Planes, UInt8Array, planes_to_bgr
 from musetalk.generator import crop_patch
 from musetalk.geometry import Box, blend_box
 from musetalk.media import reading
-from musetalk.preparing import QUEUE_DEPTH
 from musetalk.streaming import BackgroundReader, BackgroundWriter
 
 ROOT = Path(__file__).resolve().parent.parent

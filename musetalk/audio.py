@@ -21,6 +21,8 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from musetalk import weights
+from musetalk.batches import Batches
+from musetalk.devices import sent
 from musetalk.errors import MediaError, ProcessingError, WeightsError
 
 SAMPLE_RATE = 16_000
@@ -72,24 +74,33 @@ def audio_windows(features: Tensor, first: int, count: int, rate: Fraction) -> T
 
     Time-major: token = layers * row + layer. Rows before the start and after the end of the sound are zero.
     """
-    starts = [window_start(index, rate) for index in range(first, first + count)]
+    return windows_of(features, range(first, first + count), rate)
+
+
+def windows_of(features: Tensor, indices: Sequence[int], rate: Fraction) -> Tensor:
+    """`audio_windows` of the output frames `indices` alone, which need not follow each other."""
+    starts = [window_start(index, rate) for index in indices]
     rows = np.asarray(starts)[:, None] + np.arange(WINDOW_ROWS)[None, :]
     return gather_windows(features, rows)
 
 
+@torch.inference_mode()
 def hushed(windows: Tensor, silent: Tensor, weights: NDArray[np.float64]) -> Tensor:
     """Blend windows (n, tokens, d) with the silent one (1, tokens, d); `weights` (n,) is their own share, 0..1."""
-    left = torch.from_numpy(weights).to(windows.device, windows.dtype)[:, None, None]
+    left = sent(torch.from_numpy(weights), windows.device).to(windows.dtype)[:, None, None]
     return windows * left + silent * (1 - left)
 
 
+@torch.inference_mode()
 def gather_windows(features: Tensor, rows: NDArray[np.integer[Any]]) -> Tensor:
-    """Feature rows by index: (T, layers, d) and (count, w) -> (count, w * layers, d); rows outside 0..T-1 are zero."""
+    """Feature rows by index: (T, layers, d) and (count, w) -> (count, w * layers, d); rows outside 0..T-1 are zero.
+
+    Waits for nothing that the device computes.
+    """
     n_rows, n_layers, d_model = features.shape
-    outside = (rows < 0) | (rows >= n_rows)
-    index = torch.from_numpy(np.where(outside, 0, rows).astype(np.int64)).to(features.device)
-    drop = torch.from_numpy(outside).to(features.device)
-    windows = features[index].masked_fill(drop[:, :, None, None], 0)
+    inside = np.where((rows < 0) | (rows >= n_rows), -1, rows).astype(np.int64)
+    index = sent(torch.from_numpy(inside), features.device)
+    windows = features[index.clamp(min=0)].masked_fill((index < 0)[:, :, None, None], 0)
     return windows.reshape(rows.shape[0], rows.shape[1] * n_layers, d_model)
 
 
@@ -180,7 +191,7 @@ class AudioEncoder:
 
         Sound of at most one window is encoded as upstream does it. Longer sound is cut into windows that overlap by
         `overlap_s` (a fifth of the window unless given; 0 gives upstream's pieces), `batch_size` of them in one pass.
-        Raises MediaError when there is no sound, ProcessingError when the states are not finite.
+        Raises MediaError when there is no sound, ProcessingError when the states are not finite, OutOfMemoryError.
         """
         if waveform.ndim != 1:
             raise ValueError(f"the waveform must have one channel, not the shape {waveform.shape}")
@@ -191,12 +202,14 @@ class AudioEncoder:
         starts = window_starts(n_rows, self._n_positions, overlap)
         bounds = kept_bounds(starts, n_rows, self._n_positions)
         features = torch.empty((n_rows, self.n_layers, self.d_model), device=self._device, dtype=self._dtype)
-        for first in range(0, len(starts), batch_size):
-            chosen = starts[first : first + batch_size]
-            mels = [self.mel(waveform[start * SAMPLES_PER_FEATURE :][: self.window_samples]) for start in chosen]
-            for number, states in enumerate(self.states(torch.stack(mels)), start=first):
+
+        def encode(part: slice) -> None:
+            mels = [self.mel(waveform[start * SAMPLES_PER_FEATURE :][: self.window_samples]) for start in starts[part]]
+            for number, states in enumerate(self.states(torch.stack(mels)), start=part.start):
                 begin, end = bounds[number], bounds[number + 1]
                 features[begin:end] = states[begin - starts[number] : end - starts[number]]
+
+        Batches(batch_size).run(encode, len(starts))
         if not bool(torch.isfinite(features).all()):
             raise ProcessingError("Whisper gave values that are not finite", retryable=False)
         return features

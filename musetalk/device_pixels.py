@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from musetalk.blending import PastePlan
+from musetalk.devices import sent
 from musetalk.frames import Matrix, Planes, UInt8Array, from_yuv, to_yuv
 from musetalk.geometry import Box
 
@@ -126,10 +127,7 @@ def _padded(planes: Sequence[UInt8Array]) -> NDArray[np.uint8]:
 
 
 def _upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return sent(torch.from_numpy(array), device)
 
 
 def _to_levels(samples: Tensor, matrix: NDArray[np.float64]) -> Tensor:
@@ -190,8 +188,13 @@ def crop_patches(
 
 
 def can_paste(plan: PastePlan) -> bool:
-    """Whether `paste_regions` can paste this plan: its region is not empty and needs no pixel beside the patch."""
-    return not plan.region.is_empty and plan.region == plan.region.clipped_to(plan.box)
+    """Whether `paste_regions` can paste this plan: its region is not empty. For an empty one nothing is pasted."""
+    return not plan.region.is_empty
+
+
+def _is_inside(plan: PastePlan) -> bool:
+    """Whether the region needs no pixel beside the patch; evening moves its edges out by one at most."""
+    return plan.region == plan.region.clipped_to(plan.box)
 
 
 @torch.inference_mode()
@@ -215,14 +218,16 @@ def paste_regions(patches: Tensor, plans: Sequence[PastePlan], frames: Sequence[
         _stack_taps(columns, zeros, width, device),
         _stack_taps(rows, zeros, height, device),
     )
+    old = [planes.region(plan.region) for planes, plan in zip(frames, plans, strict=True)]
+    old_luma = _upload(_padded([part.y for part in old]), device)
+    old_chroma = _upload(np.stack([_padded([part.u for part in old]), _padded([part.v for part in old])], -1), device)
+    if not all(_is_inside(plan) for plan in plans):
+        face = torch.where(_box_mask(plans, height, width, device), face, _region_bgr(old_luma, plans, frames, matrix))
     yuv = _transform(face.float(), to_yuv(matrix))
     new_luma = yuv[..., 0].round().clamp(0, 255)
     # Means of two by two before rounding, as bgr_to_planes takes them.
     blocks = yuv[..., 1:].reshape(n, height // 2, 2, width // 2, 2, 2)
     new_chroma = blocks.mean(dim=(2, 4)).round().clamp(0, 255)
-    old = [planes.region(plan.region) for planes, plan in zip(frames, plans, strict=True)]
-    old_luma = _upload(_padded([part.y for part in old]), device)
-    old_chroma = _upload(np.stack([_padded([part.u for part in old]), _padded([part.v for part in old])], -1), device)
     luma = _mixed(new_luma, old_luma, _upload(_padded([plan.luma for plan in plans]), device))
     weights = _upload(_padded([plan.chroma for plan in plans]), device)[..., None]
     chroma = _mixed(new_chroma, old_chroma, weights)
@@ -230,7 +235,41 @@ def paste_regions(patches: Tensor, plans: Sequence[PastePlan], frames: Sequence[
 
 
 def _part(taps: _Taps, first: int, end: int) -> _Taps:
-    return taps[0][first:end], taps[1][first:end]
+    """Taps of the samples first .. end - 1; beside the outermost ones theirs again."""
+    chosen = np.arange(first, end).clip(0, len(taps[0]) - 1)
+    return taps[0][chosen], taps[1][chosen]
+
+
+def _box_mask(plans: Sequence[PastePlan], height: int, width: int, device: torch.device) -> Tensor:
+    """Where each plan's region is inside its crop box, bool (n, height, width, 1)."""
+    boxes = np.array([plan.box.shifted(-plan.region.x0, -plan.region.y0) for plan in plans], np.int32)
+    x0, y0, x1, y1 = _upload(boxes, device)[:, :, None].unbind(1)
+    columns, rows = torch.arange(width, device=device), torch.arange(height, device=device)
+    in_columns, in_rows = (columns >= x0) & (columns < x1), (rows >= y0) & (rows < y1)
+    return (in_columns[:, None, :] & in_rows[:, :, None])[..., None]
+
+
+def _region_bgr(luma: Tensor, plans: Sequence[PastePlan], frames: Sequence[Planes], matrix: Matrix) -> Tensor:
+    """The frames themselves inside the regions, as `planes_to_bgr` gives them: (n, h, w, 3) int32 BGR.
+
+    `luma` (n, h, w) is that of the regions, padded.
+    """
+    device, (n, height, width) = luma.device, luma.shape
+    parts, columns, rows = [], [], []
+    for planes, plan in zip(frames, plans, strict=True):
+        region = plan.region
+        around = Box(region.x0 - 2, region.y0 - 2, region.x1 + 2, region.y1 + 2).clipped(planes.width, planes.height)
+        place = region.shifted(-around.x0, -around.y0)
+        parts.append(planes.region(around))
+        columns.append(_part(_linear_taps(around.width // 2, around.width), place.x0, place.x1))
+        rows.append(_part(_linear_taps(around.height // 2, around.height), place.y0, place.y1))
+    chroma = _upload(np.stack([_padded([part.u for part in parts]), _padded([part.v for part in parts])], -1), device)
+    doubled = _linear(
+        chroma.to(torch.int32),
+        _stack_taps(columns, [0] * n, width, device),
+        _stack_taps(rows, [0] * n, height, device),
+    )
+    return _to_levels(torch.cat([luma.to(torch.int32)[..., None], doubled], -1), from_yuv(matrix))
 
 
 def _mixed(new: Tensor, old: Tensor, weight: Tensor) -> Tensor:

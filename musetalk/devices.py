@@ -5,10 +5,11 @@ Knows torch, nothing of networks or pictures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Literal
 
 import cv2
 import torch
@@ -19,20 +20,67 @@ from musetalk.errors import GpuLostError, OutOfMemoryError, ProcessingError, Wei
 _MIB = 2**20
 # First compute capability (major) with tensor cores.
 _TENSOR_CORES = 7
-# After one of these every further call of the process fails; torch's text is the only place that says which it was.
+# Output frames in one pass: on a CPU and on small cards, and by the memory of larger cards (MiB).
+DEFAULT_BATCH = 8
+_BATCHES = ((38_000, 32), (22_000, 16))
+# Torch's text is the only place that says what failed; the first of these groups that has a sign of it decides.
+# Memory: a smaller attempt can succeed. Without room for a workspace, handles of cuBLAS and cuDNN cannot be made, and
+# cuDNN finds no way to compute a convolution; NVML may fail while the text of such an error is made.
+_MEMORY_SIGNS = (
+    "out of memory",
+    "memoryallocation",
+    "alloc_failed",
+    "allocation_failed",
+    "status_not_initialized",
+    "unable to find an engine",
+    "nvml_success == ",
+)
+# After one of these every further call of the process fails.
 _LOST_SIGNS = (
     "illegal memory access",
     "device-side assert",
     "unspecified launch failure",
+    "launch timed out",
     "misaligned address",
     "illegal instruction",
+    "invalid program counter",
+    "global/shared address space",
+    "hardware stack error",
     "device is lost",
-    "gpu has fallen off the bus",
-    "uncorrectable ecc error",
-    "cudnn_status_execution_failed",
-    "cublas_status_execution_failed",
-    "cuda error",
+    "gpu is lost",
+    "fallen off the bus",
+    "uncorrectable",
+    "context is destroyed",
+    "busy or unavailable",
+    "no cuda-capable device",
+    "status_execution_failed",
+    "status_internal_error",
+    "status_mapping_error",
 )
+# The call was wrong, or this build does not have it; the next call works.
+_HARMLESS_SIGNS = (
+    "invalid argument",
+    "invalid configuration argument",
+    "invalid resource handle",
+    "invalid device function",
+    "no kernel image is available",
+    "device kernel image is invalid",
+    "unsupported toolchain",
+    "too many resources requested",
+    "operation not supported",
+    "peer access",
+    "stream is capturing",
+    "stream capture",
+    "during capture",
+    "status_invalid_value",
+    "status_not_supported",
+    "status_bad_param",
+    "status_arch_mismatch",
+)
+# Any other error of these: a process that cannot be trusted ends.
+_CUDA_SIGNS = ("cuda error", "cuda driver error", "triton error [cuda]")
+
+GpuFailure = Literal["memory", "lost"]
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -88,31 +136,95 @@ def configure_threads(wanted: int, device: torch.device) -> int:
     return n_threads
 
 
+def gpu_failure(error: BaseException) -> GpuFailure | None:
+    """What an error says about the GPU: its memory is full, or it is lost to this process; None for any other error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "memory"
+    if not isinstance(error, RuntimeError):
+        return None
+    # Torch's advice behind every error of CUDA mentions assertions.
+    text = str(error).lower().replace("to enable device-side assertions", "")
+    if any(sign in text for sign in _MEMORY_SIGNS):
+        return "memory"
+    if any(sign in text for sign in _LOST_SIGNS):
+        return "lost"
+    is_cuda = any(sign in text for sign in _CUDA_SIGNS)
+    return "lost" if is_cuda and not any(sign in text for sign in _HARMLESS_SIGNS) else None
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether `error` says that this process cannot use the GPU any more."""
-    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
-        return False
-    text = str(error).lower()
-    return any(sign in text for sign in _LOST_SIGNS)
+    return gpu_failure(error) == "lost"
 
 
-@contextmanager
-def gpu_errors() -> Iterator[None]:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that the GPU's memory, or the pinned memory for it, is full."""
+    return gpu_failure(error) == "memory"
+
+
+class _GpuErrors:
+    """A class and not a generator: frames of contextlib would keep the traceback, and with it the tensors."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        failure = None if error is None else gpu_failure(error)
+        if error is None or failure is None:
+            return
+        ours: ProcessingError
+        if failure == "memory":
+            ours = OutOfMemoryError("the GPU's memory is too small for this job", is_oom=True)
+        else:
+            ours = GpuLostError("the GPU failed and needs a new process", reason=first_line(error))
+        _forget_frames(error)
+        # This frame becomes part of our error's traceback.
+        del error, trace
+        try:
+            raise ours from None
+        finally:
+            # `from None` only hides it from the printed text.
+            ours.__context__ = None
+
+
+def gpu_errors() -> AbstractContextManager[None]:
     """Turn torch's GPU errors into ours: out of memory where no smaller batch is left to try, and a lost GPU.
 
-    The traceback is dropped because it keeps the tensors that did not fit.
+    What the failed call had in memory is freed, because nothing refers to its frames.
     """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise OutOfMemoryError("the GPU's memory is too small for this job", is_oom=True) from None
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        raise GpuLostError("the GPU failed and needs a new process", reason=_first_line(error)) from None
+    return _GpuErrors()
 
 
-def _first_line(error: BaseException) -> str:
+def _forget_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error and of those before it: their frames keep the tensors that did not fit."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        current.__traceback__ = None
+        waiting += [current.__context__, current.__cause__]
+
+
+def release_memory(device: torch.device) -> None:
+    """Give the GPU memory that torch keeps for reuse back to the card; other processes and NVENC need it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`, without waiting for it to arrive: from pageable memory the copy would wait for the GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, 200 characters at most: torch appends advice and stacks."""
     return str(error).strip().split("\n", 1)[0][:200]
 
 
@@ -139,7 +251,7 @@ def gpu_properties(device: torch.device) -> GpuProperties:
             total_mib=total // _MIB,
         )
     except RuntimeError as error:
-        raise GpuLostError("the GPU cannot be asked", reason=_first_line(error)) from None
+        raise GpuLostError("the GPU cannot be asked", reason=first_line(error)) from None
 
 
 def gpu_problem(gpu: GpuProperties, min_free_mib: int) -> str | None:
@@ -176,6 +288,14 @@ def try_out(device: torch.device) -> None:
         product = (numbers.to(device) @ numbers.to(device)).cpu()
     if not torch.allclose(product, numbers @ numbers):
         raise ProcessingError(f"the device {device} computes wrong numbers", retryable=False)
+
+
+def batch_for(total_mib: int) -> int:
+    """Output frames in one pass on a card with this much memory: larger batches leave the GPU idle less often.
+
+    Cards are sold by a rounder figure than they report: one of 24 GB has 22 to 24 thousand MiB.
+    """
+    return next((batch for least_mib, batch in _BATCHES if total_mib >= least_mib), DEFAULT_BATCH)
 
 
 def reset_peak_memory(device: torch.device) -> None:

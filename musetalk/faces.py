@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import cv2
@@ -19,6 +20,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
+from musetalk.batches import Batches
 from musetalk.errors import ProcessingError, RequestError
 from musetalk.frames import UInt8Array
 from musetalk.geometry import Box
@@ -261,6 +263,8 @@ class PoseFaceFinder:
         self._pose, self._detector = pose, detector
         self._device, self._dtype, self._batch_size = device, dtype, batch_size
         self._flip = torch.from_numpy(flip_table()).to(device)
+        # Halved when the GPU's memory runs out, and kept: the next source of this size would run out again.
+        self._pass_px = _DETECTOR_BATCH_PX
 
     def find(self, frames: Sequence[UInt8Array], *, bbox_shift: int = 0) -> list[Face | None]:
         """BGR frames uint8 (H, W, 3) of any sizes -> one face or None each; boxes in px, clipped to their frame.
@@ -286,29 +290,45 @@ class PoseFaceFinder:
         first = 0
         while first < len(frames):
             shape = frames[first].shape
-            most = max(1, min(self._batch_size, _DETECTOR_BATCH_PX // (shape[0] * shape[1])))
+            most = max(1, min(self._batch_size, self._pass_px // (shape[0] * shape[1])))
             last = first + 1
             while last < len(frames) and last - first < most and frames[last].shape == shape:
                 last += 1
-            # Bytes travel to the device, not floats: a quarter of the transfer, and no work per pixel on the CPU.
-            batch = torch.from_numpy(np.stack(frames[first:last])).to(self._device)
-            heads = self._detector(detector_input(batch).to(self._dtype))
-            results += [best_detection(candidates) for candidates in decode_detections(heads)]
+            alike, batches = frames[first:last], Batches(most)
+            for found in batches.run(partial(self._detect_alike, alike), len(alike)):
+                results += found
+            if batches.size < most:
+                self._pass_px = batches.size * shape[0] * shape[1]
             first = last
         return results
 
+    def _detect_alike(self, frames: Sequence[UInt8Array], part: slice) -> list[tuple[Box, float] | None]:
+        """One pass of the detector over a part of frames of one size."""
+        # Bytes travel to the device, not floats: a quarter of the transfer, and no work per pixel on the CPU.
+        batch = torch.from_numpy(np.stack(frames[part])).to(self._device)
+        heads = self._detector(detector_input(batch).to(self._dtype))
+        return [best_detection(candidates) for candidates in decode_detections(heads)]
+
+    def run_once(self, frames: Sequence[UInt8Array]) -> None:
+        """Run both networks over `frames`, whether they show a face or not, so that the first job finds them warm."""
+        self._detect(frames)
+        self._landmarks(frames)
+
     def _landmarks(self, frames: Sequence[UInt8Array]) -> list[NDArray[np.float64]]:
         """The 68 face landmarks of each frame in its px, (68, 2)."""
-        results: list[NDArray[np.float64]] = []
-        for first in range(0, len(frames), self._batch_size):
-            chosen = frames[first : first + self._batch_size]
-            batch = torch.from_numpy(np.stack([pose_input(warp_for_pose(frame)) for frame in chosen]))
-            simcc_x, simcc_y = self.simcc(batch.to(self._device, self._dtype))
-            keypoints, scores = decode_simcc(simcc_x.float().cpu().numpy(), simcc_y.float().cpu().numpy())
-            _check_finite(scores, "pose network")
-            for frame, points in zip(chosen, keypoints, strict=True):
-                results.append(keypoints_in_frame(points, frame.shape[1], frame.shape[0])[FACE_KEYPOINTS])
-        return results
+        parts = Batches(self._batch_size).run(lambda part: self._landmarks_of(frames[part]), len(frames))
+        return [points for part in parts for points in part]
+
+    def _landmarks_of(self, chosen: Sequence[UInt8Array]) -> list[NDArray[np.float64]]:
+        """One pass of the pose network."""
+        batch = torch.from_numpy(np.stack([pose_input(warp_for_pose(frame)) for frame in chosen]))
+        simcc_x, simcc_y = self.simcc(batch.to(self._device, self._dtype))
+        keypoints, scores = decode_simcc(simcc_x.float().cpu().numpy(), simcc_y.float().cpu().numpy())
+        _check_finite(scores, "pose network")
+        return [
+            keypoints_in_frame(points, frame.shape[1], frame.shape[0])[FACE_KEYPOINTS]
+            for frame, points in zip(chosen, keypoints, strict=True)
+        ]
 
     @torch.inference_mode()
     def simcc(self, batch: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,16 @@ from torch import Tensor, nn
 
 from musetalk import weights
 from musetalk.acceleration import Step
-from musetalk.errors import ProcessingError, WeightsError
+from musetalk.batches import Batches
+from musetalk.devices import first_line, is_lost, is_out_of_memory, release_memory, sent
+from musetalk.errors import OutOfMemoryError, ProcessingError, WeightsError
 from musetalk.frames import UInt8Array
 from musetalk.geometry import Box
 
 logger = logging.getLogger(__name__)
+
+# A batch is padded to at most this many times its size.
+_MOST_PADDED = 4
 
 
 def crop_patch(frame: UInt8Array, box: Box, size_px: int) -> UInt8Array:
@@ -81,7 +86,8 @@ class Generator:
         self._tables: dict[tuple[int, int], Tensor] = {}
         # On a GPU one thread prepares the source and one generates; while weights change precision, neither may.
         self._lock = threading.RLock()
-        # Chosen by `musetalk.warming` on a GPU; None and 0 mean any batch as it comes.
+        # Chosen by `musetalk.warming` on a GPU; None and 0 mean any batch as it comes. A batch is padded to the fixed
+        # one only where a faster step is made for it.
         self.fixed_batch: int | None = None
         self.decode_batch = 0
         self._whole_step: Step = self._step
@@ -171,11 +177,11 @@ class Generator:
         """
         dtype = self._dtype
 
-        def latents() -> Tensor:
-            mean, _ = self.moments(crops)
+        def latents(part: slice) -> Tensor:
+            mean, _ = self.moments(crops[part])
             return torch.cat([mean[0], mean[1]], dim=1) * self._scaling
 
-        return self._finite(latents).to(dtype)
+        return self._finite(latents, len(crops)).to(dtype)
 
     @torch.inference_mode()
     def predict(self, latents: Tensor, windows: Tensor) -> Tensor:
@@ -199,7 +205,7 @@ class Generator:
     def _constant(self, key: tuple[int, int], make: Callable[[], Tensor]) -> Tensor:
         """A tensor that stays on the device after its first use, because each copy would wait for the GPU."""
         if key not in self._tables:
-            self._tables[key] = make().to(self._device)
+            self._tables[key] = sent(make(), self._device)
         return self._tables[key]
 
     @torch.inference_mode()
@@ -215,16 +221,34 @@ class Generator:
         return self.decode(self.predict(latents, windows))
 
     def accelerate(self, faster: Callable[[Step], Step] | None) -> None:
-        """Take `faster(step)` for whole batches, `step` being predict and decode; None: the plain step."""
-        self._faster = faster
-        self._whole_step = self._step if faster is None else faster(self._step)
+        """Take `faster(step)` for whole batches, `step` being predict and decode; None: the plain step.
+
+        The plain step stays, and a warning is logged, when the faster one cannot be made. Raises what `faster` raises
+        on purpose, and torch's error of a lost GPU.
+        """
+        # An earlier graph's memory is free before another is captured.
+        self._faster, self._whole_step = None, self._step
+        if faster is None:
+            return
+        try:
+            self._whole_step = faster(self._step)
+        except RuntimeError as error:
+            if is_lost(error):
+                raise
+            reason = first_line(error)
+        else:
+            self._faster = faster
+            return
+        # Outside the except block, because the traceback keeps tensors.
+        release_memory(self._device)
+        logger.warning("faster step failed; taking the plain one", extra={"reason": reason})
 
     def _pictures(self, latents: Tensor, windows: Tensor) -> Tensor:
-        """`_step`, with a batch that is smaller than the fixed one padded to it."""
+        """`_step`, or the faster one, with a batch that is smaller than the fixed one padded to it."""
         latents = self._sent(latents).contiguous(memory_format=self._layout)
         windows = self._sent(windows)
         n_frames, wanted = len(latents), self.fixed_batch
-        if wanted is None or n_frames > wanted or self._dtype != self._usual_dtype:
+        if wanted is None or not self._is_worth_padding(n_frames, wanted):
             return self._step(latents, windows)
         if n_frames < wanted:
             # The last frame again: real numbers, so that nothing overflows that would not have.
@@ -234,11 +258,14 @@ class Generator:
             latents = latents.contiguous(memory_format=self._layout)
         return self._whole_step(latents, windows)[:n_frames]
 
+    def _is_worth_padding(self, n_frames: int, wanted: int) -> bool:
+        """Whether the faster step is there and pays; for under a quarter of its batch the plain one takes less time."""
+        is_there = self._faster is not None and self._dtype == self._usual_dtype
+        return is_there and n_frames <= wanted <= _MOST_PADDED * n_frames
+
     def _sent(self, tensor: Tensor) -> Tensor:
         """`tensor` on the device in the networks' precision, without waiting for it to arrive."""
-        if self._device.type == "cuda" and tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True).to(self._dtype)
+        return sent(tensor, self._device).to(self._dtype)
 
     @torch.inference_mode()
     def generate(self, latents: Tensor, windows: Tensor) -> NDArray[np.uint8]:
@@ -259,51 +286,81 @@ class Generator:
         """
         finish = finish or (lambda levels: levels)
 
-        def compute() -> tuple[Tensor, Tensor]:
-            with self._lock:
-                pictures = self._pictures(latents, windows)
-            return finish(bgr_levels(pictures)), torch.isfinite(pictures).all()
+        def compute(part: slice) -> tuple[Tensor, Tensor]:
+            pictures = self._pictures(latents[part], windows[part])
+            return bgr_levels(pictures), torch.isfinite(pictures).all()
 
-        return PendingPatches(*compute(), lambda: self._again_in_float32(compute))
+        with self._lock, self._plain_after_shortage():
+            levels, is_finite = compute(slice(None))
+            finished = finish(levels)
 
-    def _finite(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Return `compute()`, repeated in float32 if half precision gives NaN or infinity."""
-        with self._lock:
-            result = compute()
+        def again() -> Tensor:
+            with torch.inference_mode():
+                return finish(self._again_in_float32(compute, len(latents)))
+
+        return PendingPatches(finished, is_finite, again)
+
+    @contextmanager
+    def _plain_after_shortage(self) -> Iterator[None]:
+        """When memory runs out, drop the faster step: it has one size, and a graph's own memory is what is missing."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._faster is not None and is_out_of_memory(error):
+                logger.warning("the GPU's memory ran out; taking the plain step until the worker restarts")
+                self.accelerate(None)
+            raise
+
+    def _finite(self, compute: Callable[[slice], Tensor], n_items: int) -> Tensor:
+        """Return `compute` of all items, repeated in float32 if half precision gives NaN or infinity."""
+        with self._lock, self._plain_after_shortage():
+            result = compute(slice(None))
         if bool(torch.isfinite(result).all()):
             return result
 
-        def checked() -> tuple[Tensor, Tensor]:
-            again = compute()
+        def checked(part: slice) -> tuple[Tensor, Tensor]:
+            again = compute(part)
             return again, torch.isfinite(again).all()
 
-        return self._again_in_float32(checked)
+        return self._again_in_float32(checked, n_items)
 
-    def _again_in_float32(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+    def _again_in_float32(self, compute: Callable[[slice], tuple[Tensor, Tensor]], n_items: int) -> Tensor:
         """The first of what `compute` gives in float32; raises ProcessingError when its second says it is not finite.
 
         Looking at the end is enough: a value that is not finite makes NaN of its whole group in the next group norm.
+        Items are computed in smaller batches when memory runs out; raises torch's error when one does not fit.
         """
         if self._usual_dtype != torch.float32:
             logger.warning("values overflow in half precision: computing again in float32")
             with self._lock, self._in_float32(), torch.inference_mode():
-                result, is_finite = compute()
-                if bool(is_finite):
-                    return result
+                try:
+                    parts = Batches(n_items).run(compute, n_items)
+                except OutOfMemoryError as error:
+                    # The caller's batches decide what follows, as for every other step.
+                    raise torch.OutOfMemoryError(error.message) from None
+                if all(bool(is_finite) for _, is_finite in parts):
+                    return parts[0][0] if len(parts) == 1 else torch.cat([result for result, _ in parts])
         raise ProcessingError("the networks gave values that are not finite", retryable=False)
 
     @contextmanager
     def _in_float32(self) -> Iterator[None]:
         """Both networks in float32 for a while; the way there and back changes no weight."""
         self._wait()
+        # A captured graph knows where the weights were; they will be elsewhere, and need the room it takes.
+        faster, decode_batch = self._faster, self.decode_batch
+        self.accelerate(None)
+        # Chosen for pictures of half the size.
+        self.decode_batch = -(-decode_batch // 2)
         try:
             self._place(torch.float32)
             yield
         finally:
             self._wait()
             self._place(self._usual_dtype)
-            # A captured graph knows where the weights were; they are elsewhere now.
-            self.accelerate(self._faster)
+            # The weights move on this thread's stream; the other's must not read them before they have arrived.
+            self._wait()
+            self.decode_batch = decode_batch
+            self.accelerate(faster)
 
     def _wait(self) -> None:
         """Let everything that was launched end: what is under way must not have its weights moved."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +42,14 @@ class Models:
     parser: FaceParserLike
     # Of everything that prepares a source; empty: nothing is kept for later jobs.
     fingerprint: str = ""
+
+    @cached_property
+    def preparing_stream(self) -> Any:
+        """The CUDA stream on which sources are prepared beside generating; None on a CPU.
+
+        One for the life of the process: torch keeps freed memory by stream.
+        """
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def find_version(models_dir: Path, demo_dir: Path | None = None) -> tuple[weights.ModelVersion, Path]:

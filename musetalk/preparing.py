@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from musetalk import media
 from musetalk.avatars import Arena, Avatar, AvatarCache, PreparedFace, avatar_key, file_digest
+from musetalk.batches import Batches, queue_depth
 from musetalk.blending import PastePlan, blend_mask, colour_band, crop_for_parsing, face_mask
 from musetalk.device_pixels import crop_patches
-from musetalk.errors import CancelledError, NoFaceError, OutOfMemoryError
+from musetalk.errors import CancelledError, NoFaceError
 from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes, smoothing_reach
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Planes, UInt8Array, planes_to_bgr
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Frames that wait between two threads: enough to hide an uneven frame, small enough to stay flat at 1080p (3 MB each).
-QUEUE_DEPTH = 4
 # Frames looked at together when faces are searched.
 FIND_BATCH = 8
 # Choices that change what is made of a face, and not where it is: a preview with another margin searches nothing again.
@@ -70,38 +69,6 @@ class Record:
         return Record(planes, PreparedFace.from_arrays(named) if "latents" in named else None)
 
 
-class Batches:
-    """Runs work in batches that shrink when the GPU's memory runs out; the size is kept for the rest of the job."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def run(self, work: Callable[[slice], T], n_items: int) -> list[T]:
-        """`work` over consecutive slices of `n_items`; halves the batch when memory runs out.
-
-        Raises OutOfMemoryError when even one item does not fit.
-        """
-        results: list[T] = []
-        start = 0
-        while start < n_items:
-            stop = min(n_items, start + self.size)
-            try:
-                results.append(work(slice(start, stop)))
-            except torch.OutOfMemoryError:
-                fits = False
-            else:
-                fits = True
-            # Outside the except block, because the traceback keeps the tensors that did not fit.
-            if fits:
-                start = stop
-                continue
-            torch.cuda.empty_cache()
-            if stop - start == 1:
-                raise OutOfMemoryError("the GPU's memory is too small for one frame", is_oom=True, batch_size=1)
-            self.size = (stop - start) // 2
-        return results
-
-
 class SourcePreparer:
     """Prepares the frames of one source for one job."""
 
@@ -120,8 +87,7 @@ class SourcePreparer:
         self._path, self._limits, self._batches = path, limits, batches
         self._avatars = avatars if models.fingerprint else None
         # Its own stream: waiting for latents then does not wait for frames that are being generated.
-        on_gpu = options.overlap and models.device.type == "cuda"
-        self._stream: Any = torch.cuda.Stream(models.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._stream: Any = models.preparing_stream if options.overlap else None
         self._kept = Avatar()
         self._fresh: dict[int, PreparedFace] = {}
         self._fresh_bytes = 0
@@ -312,7 +278,8 @@ class SourcePreparer:
             background=self.options.background_rgb,
             on_warning=self.warnings.append,
         )
-        return BackgroundReader(frames, depth=QUEUE_DEPTH, name="decoder")
+        depth = queue_depth(self.info.width * self.info.height * 3 // 2, self.options.batch_size)
+        return BackgroundReader(frames, depth=depth, name="decoder")
 
     def _forward(self, max_frames: int) -> Generator[tuple[media.SourceFrame, Record], None, None]:
         """Decode from the first frame on, a batch at a time; repeated pictures share one record."""

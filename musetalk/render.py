@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,11 +23,12 @@ import torch
 from numpy.typing import NDArray
 
 from musetalk import media
-from musetalk.audio import SAMPLE_RATE, audio_windows, hushed, n_output_frames
+from musetalk.audio import SAMPLE_RATE, hushed, n_output_frames, windows_of
 from musetalk.avatars import AvatarCache, PreparedFace
+from musetalk.batches import Batches, queue_depth
 from musetalk.blending import match_colours, paste_planes
 from musetalk.device_pixels import can_paste, paste_regions, write_region
-from musetalk.devices import gpu_errors, peak_memory_mib, reset_peak_memory
+from musetalk.devices import gpu_errors, peak_memory_mib, release_memory, reset_peak_memory, sent
 from musetalk.errors import CancelledError, MediaError, NoFaceError, RequestError
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Matrix, Planes, UInt8Array
@@ -36,12 +37,14 @@ from musetalk.geometry import Box
 from musetalk.models import Models
 from musetalk.options import RenderOptions
 from musetalk.output_geometry import OutputPlan, parse_request, plan_output
-from musetalk.preparing import QUEUE_DEPTH, Batches, Record, SourcePreparer
+from musetalk.preparing import Record, SourcePreparer
 from musetalk.silence import quiet_spans, speech_weights
 from musetalk.streaming import BackgroundReader, BackgroundWriter
 
 # A long stretch without a face is passed through instead of waiting for a batch of faces behind it.
 MAX_PENDING_BATCHES = 4
+# Chunks that wait for the GPU while the next is launched: with one the GPU idles whenever a launch takes longer.
+MAX_CHUNKS_AHEAD = 2
 # Beyond this the network's picture (256 px for MuseTalk) is visibly stretched.
 LARGE_FACE_FACTOR = 2
 
@@ -94,10 +97,20 @@ _Item = tuple[Record, UInt8Array | None, bool]
 
 @dataclass
 class _Part:
-    """Patches that are on their way, or, `is_pasted`, regions with the patches in them."""
+    """Patches that are on their way, or, `is_pasted`, regions with the patches in them.
+
+    `is_shown` says for each face whether there is one: for an empty region nothing is pasted.
+    """
 
     pending: PendingPatches
     is_pasted: bool
+    is_shown: Sequence[bool]
+
+    def results(self) -> Iterator[tuple[UInt8Array | None, bool]]:
+        """The patch or region of each face; waits for them."""
+        arrived = iter(self.pending.result())
+        for is_shown in self.is_shown:
+            yield (next(arrived) if is_shown else None), self.is_pasted
 
 
 @dataclass
@@ -109,7 +122,7 @@ class _Chunk:
 
 
 class _ChunkQueue:
-    """Chunks between the networks and the encoder, in order: one may be computed while the next is launched."""
+    """Chunks between the networks and the encoder, in order: some are computed while the next is launched."""
 
     def __init__(self, sink: BackgroundWriter[_Item], on_done: Callable[[int], None]) -> None:
         self._sink, self._on_done = sink, on_done
@@ -121,7 +134,7 @@ class _ChunkQueue:
         """Add a launched chunk; pass on those before it, and itself if it is finished."""
         self._under_way.append(chunk)
         self.n_launched += len(chunk.records)
-        while len(self._under_way) > 1 or (self._under_way and self._is_finished(self._under_way[0])):
+        while len(self._under_way) > MAX_CHUNKS_AHEAD or (self._under_way and self._is_finished(self._under_way[0])):
             self._pass_on(self._under_way.popleft())
 
     def finish(self) -> None:
@@ -135,9 +148,8 @@ class _ChunkQueue:
 
     def _pass_on(self, chunk: _Chunk) -> None:
         started = time.monotonic()
-        results = [(part.pending.result(), part.is_pasted) for part in chunk.parts]
+        patches = iter([result for part in chunk.parts for result in part.results()])
         self.waited_s += time.monotonic() - started
-        patches = ((patch, is_pasted) for part, is_pasted in results for patch in part)
         for record in chunk.records:
             self._sink.put((record, None, False) if record.face is None else (record, *next(patches)))
         self.n_done += len(chunk.records)
@@ -182,6 +194,8 @@ class RenderSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+        if error is not None:
+            release_memory(self.models.device)
 
     def probe(self) -> None:
         """Look at both files; raises MediaError for what cannot or may not be rendered."""
@@ -219,6 +233,9 @@ class RenderSession:
         _check(should_stop)
         with gpu_errors():
             self._features = self.models.audio.features(waveform)
+            if self.options.silence == "closed":
+                # Computed once, and not in the middle of a launch.
+                self.models.audio.silent_window()
             _check(should_stop)
             boxes = self._find_faces(should_stop, preview_s)
         if self.options.loop_mode == "trim":
@@ -307,9 +324,10 @@ class RenderSession:
             )
         )
         options, pending = self.options, list[Record]()
+        depth = queue_depth(self._source.width * self._source.height * 3 // 2, options.batch_size)
         with (
             gpu_errors(),
-            BackgroundWriter(self._paste_and_encode, depth=QUEUE_DEPTH, name="encoder") as sink,
+            BackgroundWriter(self._paste_and_encode, depth=depth, name="encoder") as sink,
             FrameStore(
                 self._output_path.parent,
                 memory_bytes=options.frame_memory_bytes,
@@ -343,7 +361,7 @@ class RenderSession:
             record, face_box = self._preparer.output_frame(index)
             record = self._in_speech(record, index)
             parts = self._launch([record], index).parts
-            patches = [(patch, part.is_pasted) for part in parts for patch in part.pending.result()]
+            patches = [result for part in parts for result in part.results()]
         self._preparer.keep()
         patch, is_pasted = patches[0] if patches else (None, False)
         return Preview(
@@ -371,12 +389,12 @@ class RenderSession:
             return record
         return record.faded(float(self._speech[index]))
 
-    def _windows(self, first: int, count: int) -> torch.Tensor:
-        """Audio windows (count, tokens, d) of output frames `first` ..; silence where the mouth stays shut."""
-        windows = audio_windows(self._features, first, count, self._source.rate)
+    def _windows(self, indices: Sequence[int]) -> torch.Tensor:
+        """Audio windows (n, tokens, d) of output frames; silence where the mouth stays shut."""
+        windows = windows_of(self._features, indices, self._source.rate)
         if self.options.silence != "closed" or self._speech is None:
             return windows
-        weights = self._speech[first : first + count]
+        weights = self._speech[list(indices)]
         return windows if weights.min() == 1 else hushed(windows, self.models.audio.silent_window(), weights)
 
     def _launch(self, records: list[Record], first: int) -> _Chunk:
@@ -386,7 +404,7 @@ class RenderSession:
         if not with_face:
             return chunk
         started = time.monotonic()
-        windows = self._windows(first, len(records))[with_face]
+        windows = self._windows([first + index for index in with_face])
         faces = [(record.planes, record.face) for record in records if record.face is not None]
         latents = torch.from_numpy(np.stack([face.latents for _, face in faces]))
         chunk.parts = self._batches.run(
@@ -396,15 +414,22 @@ class RenderSession:
         return chunk
 
     def _start(self, latents: torch.Tensor, windows: torch.Tensor, faces: list[tuple[Planes, PreparedFace]]) -> _Part:
-        plans, frames = [face.plan for _, face in faces], [planes for planes, _ in faces]
-        is_pasted = (
-            self.options.device_pixels
-            and all(can_paste(plan) for plan in plans)
-            and all(face.band is None for _, face in faces)
-        )
+        # Where colours are matched to the source, the CPU does it, and pastes.
+        if not self.options.device_pixels or any(face.band is not None for _, face in faces):
+            return _Part(self.models.generator.start(latents, windows), False, [True] * len(faces))
+        is_shown = [can_paste(face.plan) for _, face in faces]
+        shown = [index for index, shows in enumerate(is_shown) if shows]
+        plans, frames = [faces[index][1].plan for index in shown], [faces[index][0] for index in shown]
         matrix = self._source.colour.matrix
-        finish = (lambda levels: paste_regions(levels, plans, frames, matrix)) if is_pasted else None
-        return _Part(self.models.generator.start(latents, windows, finish), is_pasted)
+
+        def finish(levels: torch.Tensor) -> torch.Tensor:
+            if not shown:
+                return levels[:0]
+            if len(shown) < len(levels):
+                levels = levels[sent(torch.tensor(shown), levels.device)]
+            return paste_regions(levels, plans, frames, matrix)
+
+        return _Part(self.models.generator.start(latents, windows, finish), True, is_shown)
 
     def _paste_and_encode(self, item: _Item) -> None:
         """In the encoder's thread."""

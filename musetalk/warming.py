@@ -7,22 +7,32 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from musetalk.acceleration import Acceleration, accelerator, frames_that_fit
-from musetalk.audio import SAMPLE_RATE, audio_windows
+from musetalk.audio import ENCODER_BATCH, OVERLAP_DIVISOR, SAMPLE_RATE, audio_windows
+from musetalk.batches import Batches
+from musetalk.blending import PastePlan
+from musetalk.device_pixels import crop_patches, paste_regions
 from musetalk.devices import gpu_errors
+from musetalk.faces import PoseFaceFinder
+from musetalk.frames import Planes, UInt8Array, black_planes
+from musetalk.geometry import Box, blend_box
 from musetalk.models import Models
-from musetalk.preparing import FIND_BATCH, Batches
+from musetalk.preparing import FIND_BATCH
 
 logger = logging.getLogger(__name__)
 
 # What most sources are; the detector's shapes follow the source's size.
 _TYPICAL_SIZE = (720, 1280)
 _CPU_SIZE = (96, 96)
+# Crop boxes in it: one that needs pixels beside the patch, because its edges are odd, and one that does not.
+_TYPICAL_BOXES = (Box(521, 201, 762, 500), Box(520, 200, 760, 500))
 
 
 def warm_up(models: Models, batch_size: int, acceleration: Acceleration = "none") -> int:
@@ -31,40 +41,86 @@ def warm_up(models: Models, batch_size: int, acceleration: Acceleration = "none"
     On a CPU, where nothing is compiled for a shape, one frame proves the chain. Raises OutOfMemoryError when one frame
     does not fit, ProcessingError when the numbers are not finite, GpuLostError.
     """
-    on_gpu = models.device.type == "cuda"
-    wanted = batch_size if on_gpu else 1
-    height, width = _TYPICAL_SIZE if on_gpu else _CPU_SIZE
-    batches = Batches(wanted)
-    side = models.generator.crop_px
-    rows = np.linspace(0, 255, side, dtype=np.uint8)
-    crops = np.broadcast_to(rows[None, :, None, None], (wanted, side, side, 3)).copy()
     with gpu_errors():
-        features = models.audio.features(np.zeros(SAMPLE_RATE, dtype=np.float32))
-        windows = audio_windows(features, 0, 1, Fraction(25)).expand(wanted, -1, -1)
-        frames = [np.zeros((height, width, 3), dtype=np.uint8)] * (FIND_BATCH if on_gpu else 1)
+        if models.device.type == "cuda":
+            return _warm_up_gpu(models, batch_size, acceleration)
+        _find_faces(models, [np.zeros((*_CPU_SIZE, 3), dtype=np.uint8)])
+        crops = _crops(1, models.generator.crop_px)
+        latents = models.generator.encode(crops)
+        models.generator.generate(latents, _windows(models, 1))
+        models.parser.labels(list(crops))
+    if acceleration != "none":
+        logger.warning("the networks are not accelerated: that is for GPUs", extra={"wanted": acceleration})
+    return batch_size
+
+
+def _warm_up_gpu(models: Models, batch_size: int, acceleration: Acceleration) -> int:
+    audio, generator = models.audio, models.generator
+    # A pass over as many windows as the encoder takes at once; the single window of short speech is another shape.
+    n_samples = audio.window_samples * (1 + (ENCODER_BATCH - 1) * (OVERLAP_DIVISOR - 1) / OVERLAP_DIVISOR)
+    audio.features(np.zeros(int(n_samples), dtype=np.float32))
+    audio.silent_window()
+    windows = _windows(models, batch_size)
+    _find_faces(models, [np.zeros((*_TYPICAL_SIZE, 3), dtype=np.uint8)] * FIND_BATCH)
+    batches = Batches(batch_size)
+    batches.run(lambda part: _run_chunk(models, windows[part]), batch_size)
+    generator.decode_batch = _decode_batch(models, batches.size)
+    generator.fixed_batch = batches.size
+    _accelerate(models, batches.size, acceleration, windows)
+    batches.run(lambda part: _run_chunk(models, windows[part]), batches.size)
+    torch.cuda.synchronize(models.device)
+    # What loading and trying out took is given back.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return batches.size
+
+
+def _windows(models: Models, count: int) -> Tensor:
+    features = models.audio.features(np.zeros(SAMPLE_RATE, dtype=np.float32))
+    return audio_windows(features, 0, 1, Fraction(25)).expand(count, -1, -1)
+
+
+def _find_faces(models: Models, frames: Sequence[UInt8Array]) -> None:
+    """Run the finder's networks; on empty frames `find` would leave out the one that looks at faces."""
+    if isinstance(models.faces, PoseFaceFinder):
+        models.faces.run_once(frames)
+    else:
         models.faces.find(frames)
 
-        def chunk(part: slice) -> None:
-            latents = models.generator.encode(crops[part])
-            models.generator.generate(latents, windows[part])
-            models.parser.labels(list(crops[part]))
 
-        batches.run(chunk, wanted)
-        if on_gpu:
-            models.generator.decode_batch = _decode_batch(models, batches.size)
-            models.generator.fixed_batch = batches.size
-            _accelerate(models, batches.size, acceleration, windows)
-            batches.run(chunk, batches.size)
-            torch.cuda.synchronize(models.device)
-            # What loading and trying out took is given back.
-            gc.collect()
-            torch.cuda.empty_cache()
-        elif acceleration != "none":
-            logger.warning("the networks are not accelerated: that is for GPUs", extra={"wanted": acceleration})
-    return batches.size if on_gpu else batch_size
+def _crops(count: int, side: int) -> UInt8Array:
+    rows = np.linspace(0, 255, side, dtype=np.uint8)
+    crops: UInt8Array = np.broadcast_to(rows[None, :, None, None], (count, side, side, 3)).copy()
+    return crops
 
 
-def _accelerate(models: Models, batch_size: int, acceleration: Acceleration, windows: torch.Tensor) -> None:
+def _typical_frame() -> Planes:
+    height, width = _TYPICAL_SIZE
+    frame = black_planes(width, height)
+    frame.y[...] = np.linspace(16, 235, height)[:, None]
+    return frame
+
+
+def _plan(box: Box) -> PastePlan:
+    height, width = _TYPICAL_SIZE
+    around = blend_box(box)
+    return PastePlan.prepare(np.full((around.height, around.width), 255, np.uint8), box, around, width, height)
+
+
+def _run_chunk(models: Models, windows: Tensor) -> None:
+    """One chunk as in a job: prepared on the stream for that, generated and pasted, with both kinds of box."""
+    generator, n_frames = models.generator, len(windows)
+    frames = [_typical_frame()] * n_frames
+    boxes = [_TYPICAL_BOXES[index % 2] for index in range(n_frames)]
+    with torch.cuda.stream(models.preparing_stream):
+        crops = crop_patches(frames, boxes, generator.crop_px, "bt709", models.device)
+        latents = generator.encode(crops).cpu()
+        models.parser.labels(list(_crops(n_frames, generator.crop_px)))
+    plans = [_plan(box) for box in boxes]
+    generator.start(latents, windows, lambda levels: paste_regions(levels, plans, frames, "bt709")).result()
+
+
+def _accelerate(models: Models, batch_size: int, acceleration: Acceleration, windows: Tensor) -> None:
     generator = models.generator
     shape = (batch_size, *generator.latent_shape)
     latents = torch.zeros(shape, dtype=models.dtype, device=models.device).contiguous(memory_format=torch.channels_last)

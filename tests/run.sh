@@ -9,11 +9,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash setup_env.sh dev
 [ "${1:-}" = "--setup-only" ] && exit 0
 
-# The page is tested in a real browser. Where it is missing, those tests are skipped and their reason names the program.
+# The page is tested in a real browser, the GPU path on a pretended card whose guard is compiled. Where a program is
+# missing, those tests are skipped and their reason names it.
 find_missing() {
   missing=()
   command -v chromium >/dev/null 2>&1 || missing+=(chromium)
   command -v chromedriver >/dev/null 2>&1 || missing+=(chromium-driver)
+  command -v g++ >/dev/null 2>&1 || command -v clang++ >/dev/null 2>&1 || missing+=(g++)
 }
 find_missing
 if [ "${#missing[@]}" -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

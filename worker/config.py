@@ -176,13 +176,16 @@ ModeChoice = Literal["queue", "buffer"]
 ModelChoice = Literal["auto", "v15", "v1", "demo"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeChoice = Literal["auto", "float32", "float16", "bfloat16"]
-AccelerationChoice = Literal["none", "graphs", "compile"]
+AccelerationChoice = Literal["auto", "none", "graphs", "compile"]
 GeometryChoice = Literal["source", "request"]
 EncoderChoice = Literal["auto", "libx264", "h264_nvenc"]
 AutoOrFlag = Literal["auto", "1", "0"]
 X264Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 PresetChoice = Literal["auto", "lean", X264Preset]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+# Output frames in one pass of the networks on a CPU and on small cards.
+DEFAULT_BATCH_SIZE = 8
 
 # Variables of the previous worker: deployments still set them, and nothing depends on them any more.
 LEGACY = ("USE_OPTIMIZED_INFERENCE", "MUSETALK_WORKDIR", "MUSETALK_RESULT_DIR", "WORKER_TYPE", "PROVIDER")
@@ -212,11 +215,11 @@ class Settings:
     device: DeviceChoice = variable("MUSETALK_DEVICE", _choice(DeviceChoice), "Where the networks run; `auto` uses the GPU when there is one.", "auto")
     worker_gpus: tuple[str, ...] = variable("WORKER_GPUS", _cards, "Several cards in one machine, in buffer mode: `all`, or numbers as in `nvidia-smi`, like `0,2`. `run_worker.sh` starts a worker for each, on the ports after WORKER_PORT; unset: one worker.", "")
     dtype: DtypeChoice = variable("MUSETALK_DTYPE", _choice(DtypeChoice), "Precision of the networks; `auto` is float16 on a GPU with tensor cores, bfloat16 on a CPU with instructions for it, else float32.", "auto")
-    acceleration: AccelerationChoice = variable("MUSETALK_ACCELERATION", _choice(AccelerationChoice), "On a GPU: `graphs` captures the networks as CUDA graphs, `compile` runs torch's compiler (minutes at start).", "none")
+    acceleration: AccelerationChoice = variable("MUSETALK_ACCELERATION", _choice(AccelerationChoice), "On a GPU: `graphs` captures the networks as CUDA graphs, `compile` runs torch's compiler (minutes at start; needs a C compiler), `none` runs them as they are; `auto` is graphs on a GPU, and the plain networks where the capture fails.", "auto")
     device_pixels: AutoOrFlag = variable("DEVICE_PIXELS", _auto_or_flag, "1 cuts and pastes faces with tensor operations on the device of the networks; `auto` does so on a GPU.", "auto")
     cpu_threads: int = variable("MUSETALK_CPU_THREADS", _whole(0, 256), "Threads of tensor work on the CPU; 0 chooses one on a GPU, all cores without.", "0")
     min_gpu_memory_mb: int = variable("MIN_GPU_MEMORY_MB", _whole(0, 10_000_000), "GPU memory that must be free at start; 0 does not check.", "4096")
-    batch_size: int = variable("BATCH_SIZE", _whole(1, 256), "Output frames computed in one pass of the networks.", "8")
+    wanted_batch_size: int | None = variable("BATCH_SIZE", _whole(1, 256), "Output frames computed in one pass of the networks; unset: 8, on a GPU with 24 GB or more 16, with 40 GB or more 32.", "")
     # Media
     output_geometry: GeometryChoice = variable("OUTPUT_GEOMETRY", _choice(GeometryChoice), "`source` keeps the source's size; `request` honours a job's aspect_ratio and resolution.", "source")
     video_encoder: EncoderChoice = variable("VIDEO_ENCODER", _choice(EncoderChoice), "H.264 encoder; `auto` tries NVENC with a real test encode on a GPU, else x264.", "auto")
@@ -274,6 +277,11 @@ class Settings:
     # Set, but without effect or not understood; logged at start.
     warnings: tuple[str, ...] = field(default=())
     # fmt: on
+
+    @property
+    def batch_size(self) -> int:
+        """Output frames in one pass of the networks, unless the card's memory chooses them (`wanted_batch_size`)."""
+        return self.wanted_batch_size or DEFAULT_BATCH_SIZE
 
     @property
     def is_buffer_mode(self) -> bool:

@@ -17,6 +17,7 @@ from worker.machine import folder_problem, has_gpu_hardware
 from worker.telemetry import Metrics, StageClock, logger
 
 if TYPE_CHECKING:
+    from musetalk.acceleration import Acceleration
     from musetalk.avatars import AvatarCache
     from musetalk.fetch_progress import Progress, Watcher
     from musetalk.media import EncoderSettings, MediaLimits
@@ -151,6 +152,7 @@ class EngineLoader:
     def _check_device(self) -> Any:
         """Choose the device (torch's) and try it before anything large is fetched or loaded for it."""
         from musetalk import devices
+        from musetalk.acceleration import compiler_problem
 
         settings = self._settings
         device = devices.choose_device(settings.device)
@@ -166,6 +168,8 @@ class EngineLoader:
             if (problem := devices.gpu_problem(gpu, settings.min_gpu_memory_mb)) is not None:
                 raise ProcessingError(problem)
         devices.try_out(device)
+        if settings.acceleration == "compile" and device.type == "cuda" and (problem := compiler_problem()) is not None:
+            raise ProcessingError(f"MUSETALK_ACCELERATION=compile: {problem}; graphs needs neither", retryable=False)
         return device
 
     def _load_models(self) -> tuple[Models, int]:
@@ -187,8 +191,9 @@ class EngineLoader:
             unet_config_path=settings.unet_config_path,
         )
         loaded = time.monotonic()
-        batch_size = warm_up(models, settings.batch_size, settings.acceleration)
-        if batch_size != settings.batch_size:
+        wanted, acceleration = _speed(settings, device)
+        batch_size = warm_up(models, wanted, acceleration)
+        if batch_size != wanted:
             logger.warning("batch size lowered to fit the GPU", extra={"batch_size": batch_size})
         build = {"version": __version__, "model": version, "device": str(device), "torch": devices.torch_version()}
         self._metrics.set_build_info(**build)
@@ -199,6 +204,8 @@ class EngineLoader:
                 **build,
                 "dtype": str(models.dtype),
                 "dtype_reason": reason,
+                "batch_size": batch_size,
+                "acceleration": acceleration,
                 "load_s": round(loaded - started, 2),
                 "warm_up_s": round(time.monotonic() - loaded, 2),
             },
@@ -262,6 +269,18 @@ class EngineLoader:
         fetch(settings.models_dir, version, manifest=files, watcher=Watcher(watcher.say, show))
         self.state = LOADING
         logger.info("weights fetched", extra={"fetch_s": round(time.monotonic() - started, 1)})
+
+
+def _speed(settings: Settings, device: Any) -> tuple[int, Acceleration]:
+    """Batch size and acceleration on a device (torch's): as set, else by the card."""
+    from musetalk import devices
+
+    on_gpu = device.type == "cuda"
+    by_card = on_gpu and settings.wanted_batch_size is None
+    batch_size = devices.batch_for(devices.gpu_properties(device).total_mib) if by_card else settings.batch_size
+    if settings.acceleration == "auto":
+        return batch_size, "graphs" if on_gpu else "none"
+    return batch_size, settings.acceleration
 
 
 def engine_around(settings: Settings, models: Models, batch_size: int) -> Engine:

@@ -126,8 +126,46 @@ def test_what_has_no_weight_keeps_its_samples_exactly() -> None:
     assert (after.y != frame.y).any()
 
 
-def test_plans_that_need_pixels_beside_the_patch_are_left_to_the_cpu() -> None:
-    assert can_paste(plan_of(1, Box(20, 20, 60, 60), only_inside=False))
-    assert not can_paste(plan_of(1, Box(21, 20, 60, 60), only_inside=False))
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@settings(deadline=None, max_examples=40)
+@given(
+    chosen=st.lists(boxes(8, 60), min_size=1, max_size=4),
+    matrix=st.sampled_from(["bt601", "bt709"]),
+    draw=st.sampled_from([noisy, smooth]),
+)
+def test_boxes_with_odd_edges_are_pasted_on_the_device_too(
+    device: torch.device, chosen: list[Box], matrix: Matrix, draw: Any
+) -> None:
+    """A mask that reaches the box's edges: chroma at odd ones is mixed with the frame's own pixels."""
+    frames = [draw(seed) for seed in range(len(chosen))]
+    plans = [plan_of(seed, box, only_inside=False) for seed, box in enumerate(chosen)]
+    assert all(can_paste(plan) for plan in plans)
+    patches = np.random.default_rng(9).integers(0, 256, (len(chosen), 64, 64, 3), np.uint8)
+    packed = paste_regions(torch.from_numpy(patches).to(device), plans, frames, matrix).cpu().numpy()
+    for frame, plan, patch, region in zip(frames, plans, patches, packed, strict=True):
+        wanted, got = frame.copy(), frame.copy()
+        paste_planes(wanted, plan, patch, matrix)
+        write_region(got, plan.region, region)
+        for one, other in ((got.y, wanted.y), (got.u, wanted.u), (got.v, wanted.v)):
+            assert apart(one, other) <= 1
+            assert (one != other).mean() < 0.02
+
+
+@pytest.mark.parametrize("box", [Box(0, 0, 31, 33), Box(WIDTH - 31, HEIGHT - 33, WIDTH, HEIGHT), Box(1, 1, 40, 40)])
+def test_odd_boxes_at_the_frames_edges_are_pasted_as_on_the_cpu(box: Box) -> None:
+    frame, plan = noisy(7), plan_of(7, box, only_inside=False)
+    patch = np.random.default_rng(9).integers(0, 256, (64, 64, 3), np.uint8)
+    packed = paste_regions(torch.from_numpy(patch)[None], [plan], [frame], "bt709").numpy()
+    wanted, got = frame.copy(), frame.copy()
+    paste_planes(wanted, plan, patch, "bt709")
+    write_region(got, plan.region, packed[0])
+    assert max(apart(got.y, wanted.y), apart(got.u, wanted.u), apart(got.v, wanted.v)) <= 1
+
+
+def test_only_an_empty_region_is_not_pasted_on_the_device() -> None:
+    rng = np.random.default_rng(1)
+    for seed in range(64):
+        x, y, width, height = (int(edge) for edge in rng.integers((0, 0, 20, 20), (80, 60, 60, 60)))
+        assert can_paste(plan_of(seed, Box(x, y, x + width, y + height), only_inside=False))
     empty = PastePlan.prepare(np.zeros((20, 20), np.uint8), Box(20, 20, 40, 40), Box(20, 20, 40, 40), WIDTH, HEIGHT)
     assert not can_paste(empty)

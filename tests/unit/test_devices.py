@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from musetalk.acceleration import frames_that_fit
 from musetalk.devices import (
     GpuProperties,
+    batch_for,
     choose_dtype,
     cpu_has_bfloat16,
     gpu_errors,
@@ -18,7 +21,7 @@ from musetalk.devices import (
     memory_bytes,
     try_out,
 )
-from musetalk.errors import GpuLostError, OutOfMemoryError
+from musetalk.errors import GpuLostError, OutOfMemoryError, ProcessingError
 
 
 @pytest.mark.parametrize(
@@ -39,9 +42,109 @@ def test_a_lost_gpu_is_distinguished_from_other_errors(text: str) -> None:
     assert "TORCH_USE" not in str(caught.value.details)
 
 
+# What torch, cuBLAS, cuDNN, Triton and the driver print, with the advice that torch appends.
+_ADVICE = (
+    "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be "
+    "incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable "
+    "device-side assertions.\n"
+)
+_SEARCH = "\nSearch for `cudaError' in https://docs.nvidia.com/cuda/cuda-runtime-api/ for more information."
+MESSAGES = [
+    ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.06 GiB is "
+     "free. Process 4711 has 22.5 GiB memory in use.", "memory"),
+    ("CUDA error: out of memory", "memory"),
+    ("CUDA driver error: out of memory", "memory"),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "memory"),
+    ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", "memory"),
+    ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "memory"),
+    ("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED", "memory"),
+    ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "memory"),
+    ("GET was unable to find an engine to execute this computation", "memory"),
+    ("FIND was unable to find an engine to execute this computation", "memory"),
+    ("Triton Error [CUDA]: out of memory", "memory"),
+    ("cudaErrorMemoryAllocation: out of memory", "memory"),
+    ('NVML_SUCCESS == DriverAPI::get()->nvmlInit_v2_() INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":1117, '
+     "please report a bug to PyTorch.", "memory"),
+    ("CUDA error: an illegal memory access was encountered", "lost"),
+    ("CUDA error: unspecified launch failure", "lost"),
+    ("CUDA error: device-side assert triggered", "lost"),
+    ("CUDA error: misaligned address", "lost"),
+    ("CUDA error: an illegal instruction was encountered", "lost"),
+    ("CUDA error: invalid program counter", "lost"),
+    ("CUDA error: operation not supported on global/shared address space", "lost"),
+    ("CUDA error: hardware stack error", "lost"),
+    ("CUDA error: the launch timed out and was terminated", "lost"),
+    ("CUDA error: uncorrectable ECC error encountered", "lost"),
+    ("CUDA error: uncorrectable NVLink error detected during the execution", "lost"),
+    ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "lost"),
+    ("CUDA error: no CUDA-capable device is detected", "lost"),
+    ("CUDA error: context is destroyed", "lost"),
+    ("CUDA error: unknown error", "lost"),
+    ("CUDA error: initialization error", "lost"),
+    ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle, ...)`", "lost"),
+    ("CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when calling `cublasSgemm(handle, ...)`", "lost"),
+    ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "lost"),
+    ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", "lost"),
+    ("cuDNN error: CUDNN_STATUS_MAPPING_ERROR", "lost"),
+    ("Triton Error [CUDA]: an illegal memory access was encountered", "lost"),
+    ("GPU is lost.  Reboot the system to recover this GPU", "lost"),
+    ("CUDA error: invalid argument", None),
+    ("CUDA error: invalid configuration argument", None),
+    ("CUDA error: invalid device function", None),
+    ("CUDA error: no kernel image is available for execution on the device", None),
+    ("CUDA error: the provided PTX was compiled with an unsupported toolchain.", None),
+    ("CUDA error: too many resources requested for launch", None),
+    ("CUDA error: operation not permitted when stream is capturing", None),
+    ("CUDA error: operation failed due to a previous error during capture", None),
+    ("CUDA error: operation not supported", None),
+    ("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm(handle, ...)`", None),
+    ("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul(...)`", None),
+    ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", None),
+    ("cuDNN error: CUDNN_STATUS_BAD_PARAM", None),
+    ("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!", None),
+    ("expected scalar type Half but found Float", None),
+    ("shape '[2, 3]' is invalid for input of size 5", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "meaning"), MESSAGES, ids=[text[:60] for text, _ in MESSAGES])
+def test_each_message_of_the_gpu_means_a_full_card_a_lost_one_or_neither(text: str, meaning: str | None) -> None:
+    advice = ("", _ADVICE, _SEARCH + _ADVICE) if "error" in text.lower() else ("",)
+    for error in (RuntimeError(text + behind) for behind in advice):
+        assert is_lost(error) is (meaning == "lost")
+        wanted = {"memory": OutOfMemoryError, "lost": GpuLostError, None: RuntimeError}[meaning]
+        with pytest.raises(wanted), gpu_errors():
+            raise error
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory", "CUDA error: an illegal memory access was encountered"])
+def test_after_an_error_of_the_gpu_the_tensors_of_the_failed_call_are_freed(text: str) -> None:
+    """While our error is handled: the job's answer is written with it at hand."""
+    kept: list[weakref.ref[Tensor]] = []
+
+    def earlier() -> None:
+        before = torch.zeros(3)
+        kept.append(weakref.ref(before))
+        raise ValueError("first")
+
+    def fail() -> None:
+        large = torch.zeros(3)
+        kept.append(weakref.ref(large))
+        try:
+            earlier()
+        except ValueError:
+            raise RuntimeError(text) from None
+
+    with pytest.raises(ProcessingError) as caught, gpu_errors():
+        fail()
+    assert caught.value.__context__ is None
+    assert [ref() for ref in kept] == [None, None]
+
+
 def test_other_errors_pass() -> None:
     assert not is_lost(RuntimeError("shapes do not match"))
     assert not is_lost(torch.OutOfMemoryError("CUDA error: out of memory"))
+    assert not is_lost(RuntimeError("CUDA error: out of memory"))
     with pytest.raises(RuntimeError, match="shapes"), gpu_errors():
         raise RuntimeError("shapes do not match")
     with pytest.raises(OutOfMemoryError), gpu_errors():
@@ -125,3 +228,11 @@ def test_precision_on_a_gpu_follows_its_tensor_cores(
 def test_a_precision_that_was_asked_for_is_taken() -> None:
     assert choose_dtype("bfloat16", torch.device("cpu"))[0] == torch.bfloat16
     assert choose_dtype("auto", torch.device("cpu"))[0] in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("total_mib", "batch"),
+    [(4_096, 8), (8_188, 8), (16_376, 8), (23_028, 16), (24_564, 16), (32_607, 16), (40_960, 32), (81_559, 32)],
+)
+def test_larger_cards_compute_more_frames_in_one_pass(total_mib: int, batch: int) -> None:
+    assert batch_for(total_mib) == batch
