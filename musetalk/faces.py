@@ -1,6 +1,6 @@
-"""Faces in frames: detection, landmarks, the box that is regenerated, and the class of each pixel.
+"""Faces in frames: detection, landmarks, the box that is regenerated, and boxes over time.
 
-The arithmetic is upstream's (docs/model.md#landmarks-rtmpose to docs/model.md#face-parsing-bisenet), batched. Of
+The arithmetic is upstream's (docs/model.md#landmarks-rtmpose to docs/model.md#crop-box), batched. Of
 several faces in a frame the detector's highest score counts, and of equal scores the first in the detector's order
 (finest level first, rows, then columns); the landmarks come from the whole frame. Knows nothing of blending.
 """
@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
 from musetalk.errors import ProcessingError, RequestError
-from musetalk.frames import UInt8Array
+from musetalk.face_parsing import FaceParser as FaceParser  # noqa: PLC0414 - known by this module's name as well
+from musetalk.face_parsing import parse_input as parse_input  # noqa: PLC0414 - known by this module's name as well
+from musetalk.frames import Picture, UInt8Array
 from musetalk.geometry import Box
 from musetalk.networks.rtmpose import INPUT_HEIGHT, INPUT_WIDTH, SPLIT_RATIO
 
@@ -40,10 +41,10 @@ _CANDIDATE_SCORE, _FACE_SCORE, _NMS_OVERLAP = 0.05, 0.5, 0.3
 _MAX_SIDE_EXPONENT = 80.0
 # Pixels in one pass of the detector: its first layers have 64 channels of the full size (256 bytes a pixel).
 _DETECTOR_BATCH_PX = 4_000_000
-
-PARSE_PX = 512
-_PARSE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_PARSE_STD = np.array([0.229, 0.224, 0.225], np.float32)
+# The detector finds clear faces of this size best, at a fraction of the pixels (docs/model.md#interval-search).
+_CHECKED_FACE_PX, _SURE_SCORE = 96, 0.9
+# A copy that is hardly smaller saves nothing: the picture itself is looked at.
+_LARGEST_CHECK = 0.7
 
 MIN_FACE_BOX_PX = 16
 
@@ -64,11 +65,38 @@ class FaceFinder(Protocol):
         """BGR frames (H, W, 3) of any sizes -> one face or None each."""
 
 
-class FaceParserLike(Protocol):
-    """Classify each pixel of a face."""
+@dataclass(frozen=True)
+class Pose:
+    """Landmarks that the pose network sees in a picture, (68, 2) float64 px, and the mean of their scores.
 
-    def labels(self, crops: Sequence[UInt8Array]) -> NDArray[np.uint8]:
-        """Square BGR crops of any sizes -> classes uint8 (n, 512, 512)."""
+    The network answers for any picture; whether there is a face says the detector.
+    """
+
+    landmarks: NDArray[np.float64]
+    score: float
+
+    @property
+    def points(self) -> NDArray[np.int32]:
+        """The landmarks in whole px, as the box is made of them."""
+        return self.landmarks.astype(np.int32)
+
+
+# The detector's box of a picture and its score.
+Detection = tuple[Box, float]
+
+
+@runtime_checkable
+class GatedFinder(Protocol):
+    """A finder in two parts: the detector only says whether there is a face, the landmarks say where."""
+
+    def detect(self, pictures: Sequence[Picture]) -> list[Detection | None]:
+        """The detector's answer for each picture, seen at full size."""
+
+    def poses(self, pictures: Sequence[Picture]) -> list[Pose]:
+        """Landmarks for each picture, with a face or without."""
+
+    def confirms(self, picture: Picture, pose: Pose) -> float:
+        """Score of a clear face where the landmarks are, on a small copy of the picture; 0 when in doubt."""
 
 
 # -- landmarks ----------------------------------------------------------------------------------------------------
@@ -252,6 +280,13 @@ def box_from_landmarks(landmarks: NDArray[np.integer[Any]], detected: Box, bbox_
     return detected if box.is_empty or box.x0 < 0 else box
 
 
+def face_of(pose: Pose, detected: Detection, size: tuple[int, int], bbox_shift: int = 0) -> Face | None:
+    """The face of a picture of `size` (width, height) px; None when nothing of its box is inside."""
+    points = pose.points
+    box = box_from_landmarks(points, detected[0], bbox_shift).clipped(*size)
+    return None if box.is_empty else Face(box, points.astype(np.float32), detected[1])
+
+
 class PoseFaceFinder:
     """Upstream's rule: S3FD says whether there is a face, RTMPose's landmarks say where its box is."""
 
@@ -261,54 +296,80 @@ class PoseFaceFinder:
         self._pose, self._detector = pose, detector
         self._device, self._dtype, self._batch_size = device, dtype, batch_size
         self._flip = torch.from_numpy(flip_table()).to(device)
+        self._mean, self._std = (torch.from_numpy(v).to(device)[:, None, None] for v in (_POSE_MEAN, _POSE_STD))
 
     def find(self, frames: Sequence[UInt8Array], *, bbox_shift: int = 0) -> list[Face | None]:
         """BGR frames uint8 (H, W, 3) of any sizes -> one face or None each; boxes in px, clipped to their frame.
 
         Raises ProcessingError when a network gives values that are not finite.
         """
-        detected = self._detect(frames)
-        with_face = [index for index, box in enumerate(detected) if box is not None]
-        landmarks = dict(zip(with_face, self._landmarks([frames[index] for index in with_face]), strict=True))
-        faces: list[Face | None] = []
-        for index, (frame, found) in enumerate(zip(frames, detected, strict=True)):
-            if found is None:
-                faces.append(None)
-                continue
-            points = landmarks[index].astype(np.int32)
-            box = box_from_landmarks(points, found[0], bbox_shift).clipped(frame.shape[1], frame.shape[0])
-            faces.append(None if box.is_empty else Face(box, points.astype(np.float32), found[1]))
-        return faces
+        pictures = [Picture(None, bgr=frame) for frame in frames]
+        detected = self.detect(pictures)
+        poses = iter(self.poses([picture for picture, found in zip(pictures, detected, strict=True) if found]))
+        return [
+            None if found is None else face_of(next(poses), found, picture.size, bbox_shift)
+            for picture, found in zip(pictures, detected, strict=True)
+        ]
 
-    @torch.inference_mode()
-    def _detect(self, frames: Sequence[UInt8Array]) -> list[tuple[Box, float] | None]:
-        results: list[tuple[Box, float] | None] = []
+    def detect(self, pictures: Sequence[Picture]) -> list[Detection | None]:
+        """The detector's face of each picture, or None; raises ProcessingError for values that are not finite."""
+        results: list[Detection | None] = []
         first = 0
-        while first < len(frames):
-            shape = frames[first].shape
-            most = max(1, min(self._batch_size, _DETECTOR_BATCH_PX // (shape[0] * shape[1])))
+        while first < len(pictures):
+            width, height = pictures[first].size
+            most = max(1, min(self._batch_size, _DETECTOR_BATCH_PX // (width * height)))
             last = first + 1
-            while last < len(frames) and last - first < most and frames[last].shape == shape:
+            while last < len(pictures) and last - first < most and pictures[last].size == (width, height):
                 last += 1
             # Bytes travel to the device, not floats: a quarter of the transfer, and no work per pixel on the CPU.
-            batch = torch.from_numpy(np.stack(frames[first:last])).to(self._device)
-            heads = self._detector(detector_input(batch).to(self._dtype))
-            results += [best_detection(candidates) for candidates in decode_detections(heads)]
+            batch = torch.from_numpy(np.stack([picture.bgr for picture in pictures[first:last]])).to(self._device)
+            results += self._detect(batch)
             first = last
         return results
 
-    def _landmarks(self, frames: Sequence[UInt8Array]) -> list[NDArray[np.float64]]:
-        """The 68 face landmarks of each frame in its px, (68, 2)."""
-        results: list[NDArray[np.float64]] = []
-        for first in range(0, len(frames), self._batch_size):
-            chosen = frames[first : first + self._batch_size]
-            batch = torch.from_numpy(np.stack([pose_input(warp_for_pose(frame)) for frame in chosen]))
-            simcc_x, simcc_y = self.simcc(batch.to(self._device, self._dtype))
+    def confirms(self, picture: Picture, pose: Pose) -> float:
+        """Score of a clear face where the landmarks are, on a copy in which it is `_CHECKED_FACE_PX` large.
+
+        0 when the face is not that much larger, or the detector is not sure.
+        """
+        points = pose.points
+        around = Box(*points.min(axis=0).tolist(), *points.max(axis=0).tolist())
+        share = _CHECKED_FACE_PX / max(around.width, around.height, 1)
+        if share > _LARGEST_CHECK:
+            return 0.0
+        small = (max(1, round(picture.size[0] * share)), max(1, round(picture.size[1] * share)))
+        copy = cv2.resize(picture.bgr, small, interpolation=cv2.INTER_AREA)
+        (found,) = self._detect(torch.from_numpy(np.asarray(copy, np.uint8)[None]).to(self._device))
+        if found is None or found[1] < _SURE_SCORE:
+            return 0.0
+        box = np.array(found[0], np.float32) / np.float32(share)
+        return found[1] if overlaps(box, np.array([around], np.float32))[0] >= _NMS_OVERLAP else 0.0
+
+    @torch.inference_mode()
+    def _detect(self, batch: Tensor) -> list[Detection | None]:
+        """The best face in each of the BGR pictures uint8 (n, H, W, 3) on the device."""
+        heads = self._detector(detector_input(batch).to(self._dtype))
+        return [best_detection(candidates) for candidates in decode_detections(heads)]
+
+    def poses(self, pictures: Sequence[Picture]) -> list[Pose]:
+        """Landmarks for each picture; raises ProcessingError for values that are not finite."""
+        results: list[Pose] = []
+        for first in range(0, len(pictures), self._batch_size):
+            chosen = pictures[first : first + self._batch_size]
+            batch = torch.from_numpy(np.stack([warp_for_pose(picture.bgr) for picture in chosen])).to(self._device)
+            simcc_x, simcc_y = self.simcc(self._normalised(batch).to(self._dtype))
             keypoints, scores = decode_simcc(simcc_x.float().cpu().numpy(), simcc_y.float().cpu().numpy())
             _check_finite(scores, "pose network")
-            for frame, points in zip(chosen, keypoints, strict=True):
-                results.append(keypoints_in_frame(points, frame.shape[1], frame.shape[0])[FACE_KEYPOINTS])
+            for picture, points, certain in zip(chosen, keypoints, scores, strict=True):
+                landmarks = keypoints_in_frame(points, *picture.size)[FACE_KEYPOINTS]
+                results.append(Pose(landmarks, float(certain[FACE_KEYPOINTS].mean())))
         return results
+
+    @torch.inference_mode()
+    def _normalised(self, warped: Tensor) -> Tensor:
+        """`pose_input` of BGR pictures uint8 (n, 384, 288, 3) on the device, equal to the last bit."""
+        rgb = warped.flip(3).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return rgb.sub_(self._mean).div_(self._std)
 
     @torch.inference_mode()
     def simcc(self, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -409,35 +470,3 @@ def smooth_boxes(faces: Sequence[Face | None], sigma_frames: float) -> list[Face
             smoothed[first + offset] = replace(face, box=Box(*(int(edge) for edge in row)))
         first = last
     return smoothed
-
-
-# -- parsing ----------------------------------------------------------------------------------------------------------
-
-
-def parse_input(crop: UInt8Array) -> NDArray[np.float32]:
-    """Square BGR crop -> normalised RGB (3, 512, 512); Pillow's antialiased bilinear resize, as trained.
-
-    Specified in docs/model.md#face-parsing-bisenet.
-    """
-    picture = Image.fromarray(np.ascontiguousarray(crop[..., ::-1])).resize(
-        (PARSE_PX, PARSE_PX), Image.Resampling.BILINEAR
-    )
-    rgb = (np.asarray(picture, np.float32) / np.float32(255) - _PARSE_MEAN) / _PARSE_STD
-    return np.ascontiguousarray(rgb.transpose(2, 0, 1))
-
-
-class FaceParser:
-    """Classify each pixel of a face."""
-
-    def __init__(self, network: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
-        self._network, self._device, self._dtype = network, device, dtype
-
-    @torch.inference_mode()
-    def labels(self, crops: Sequence[UInt8Array]) -> NDArray[np.uint8]:
-        """Square BGR crops of any sizes -> classes uint8 (n, 512, 512)."""
-        if not crops:
-            return np.zeros((0, PARSE_PX, PARSE_PX), np.uint8)
-        batch = torch.from_numpy(np.stack([parse_input(crop) for crop in crops]))
-        scores = self._network(batch.to(self._device, self._dtype))
-        labels: NDArray[np.uint8] = scores.argmax(dim=1).to(torch.uint8).cpu().numpy()
-        return labels

@@ -13,7 +13,8 @@ from torch import nn
 from musetalk import weights
 from musetalk.audio import AudioEncoder
 from musetalk.errors import WeightsError
-from musetalk.faces import FaceFinder, FaceParser, FaceParserLike, PoseFaceFinder
+from musetalk.face_parsing import FaceParser, FaceParserLike
+from musetalk.faces import FaceFinder, PoseFaceFinder
 from musetalk.generator import Generator
 from musetalk.mesh_faces import MESH_IDENTITY, JawParser, MeshFaceFinder, NoFaceFinder, find_files
 from musetalk.networks.bisenet import bisenet_from_state

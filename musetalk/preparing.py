@@ -22,6 +22,7 @@ from musetalk.avatars import Arena, Avatar, AvatarCache, PreparedFace, avatar_ke
 from musetalk.blending import PastePlan, blend_mask, colour_band, crop_for_parsing, face_mask
 from musetalk.device_pixels import crop_patches
 from musetalk.errors import CancelledError, NoFaceError, OutOfMemoryError
+from musetalk.face_search import FIND_BATCH, FaceSearch, FrameSearch, start_search
 from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes, smoothing_reach
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Planes, UInt8Array, planes_to_bgr
@@ -37,8 +38,6 @@ T = TypeVar("T")
 
 # Frames that wait between two threads: enough to hide an uneven frame, small enough to stay flat at 1080p (3 MB each).
 QUEUE_DEPTH = 4
-# Frames looked at together when faces are searched.
-FIND_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -150,6 +149,7 @@ class SourcePreparer:
             "background": options.background,
             "face_box": options.face_box,
             "bbox_shift": options.bbox_shift,
+            "face_search": options.face_search,
             "margin": [options.extra_margin, options.margin_share],
             "mask": [options.mask_mode, options.left_cheek_width, options.right_cheek_width, options.mask_blur],
             "match_colours": options.match_colours,
@@ -191,18 +191,19 @@ class SourcePreparer:
     def _search(self, max_frames: int, should_stop: Callable[[], bool]) -> tuple[Face | None, ...]:
         """Faces of the first `max_frames` frames; frames that were searched before are not searched again."""
         faces = list(self._kept.found)
-        n_known = len(faces)
+        search = FrameSearch(self._new_search(), faces)
         with self._open(max_frames) as frames:
-            for batch in _batched(islice(frames, n_known, None), FIND_BATCH):
+            for batch in _batched(islice(frames, len(faces), None), FIND_BATCH):
                 if should_stop():
                     raise CancelledError("the job was cancelled")
-                new = [frame for frame in batch if not frame.is_repeat or (not faces and frame is batch[0])]
-                pictures = [planes_to_bgr(frame.planes, self.info.colour.matrix) for frame in new]
-                shift = self.options.bbox_shift
-                found = iter(self.models.faces.find(pictures, bbox_shift=shift) if pictures else [])
                 for frame in batch:
-                    faces.append(faces[-1] if frame.is_repeat and faces else next(found))
-        return tuple(faces)
+                    faces += search.add(frame.planes, is_repeat=frame.is_repeat)
+        return (*faces, *search.finish())
+
+    def _new_search(self) -> FaceSearch:
+        info, options = self.info, self.options
+        size, matrix = (info.width, info.height), info.colour.matrix
+        return start_search(self.models.faces, options.face_search, size, matrix, options.bbox_shift)
 
     def keep(self) -> None:
         """Leave what was prepared to later jobs, unless it is too large or nothing is new."""

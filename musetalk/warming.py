@@ -15,8 +15,9 @@ import torch
 from musetalk.acceleration import Acceleration, accelerator, frames_that_fit
 from musetalk.audio import SAMPLE_RATE, audio_windows
 from musetalk.devices import gpu_errors
+from musetalk.face_search import FIND_BATCH
 from musetalk.models import Models
-from musetalk.preparing import FIND_BATCH, Batches
+from musetalk.preparing import Batches
 
 logger = logging.getLogger(__name__)
 
