@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from musetalk.faces import Detection, Face, FaceFinder, GatedFinder, Pose, box_from_landmarks, face_of
+from musetalk.faces import Detection, Face, FaceFinder, Pose, box_from_landmarks, face_of
 from musetalk.frames import Matrix, Picture, Planes
 from musetalk.geometry import Box
 from musetalk.options import FaceSearchMode
@@ -27,6 +27,20 @@ _LARGE_PX = 1920 * 1088
 # Doubts: landmarks that move by this share of the face's longer side from one picture to the next, on average, and
 # scores below this share of those at the interval's begin.
 _JUMP, _FALL = 0.2, 0.7
+
+
+@runtime_checkable
+class GatedFinder(Protocol):
+    """A finder in two parts: the detector only says whether there is a face, the landmarks say where."""
+
+    def detect(self, pictures: Sequence[Picture]) -> list[Detection | None]:
+        """The detector's answer for each picture, seen at full size."""
+
+    def poses(self, pictures: Sequence[Picture]) -> list[Pose]:
+        """Landmarks for each picture, with a face or without."""
+
+    def confirms(self, picture: Picture, pose: Pose) -> float:
+        """Score of a clear face where the landmarks are, on a small copy of the picture; 0 when in doubt."""
 
 
 class FaceSearch(Protocol):

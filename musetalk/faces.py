@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
-from musetalk.errors import ProcessingError, RequestError
+from musetalk.device_input import PictureInput, warped_bgr
+from musetalk.errors import OutOfMemoryError, ProcessingError, RequestError
 from musetalk.face_parsing import FaceParser as FaceParser  # noqa: PLC0414 - known by this module's name as well
 from musetalk.face_parsing import parse_input as parse_input  # noqa: PLC0414 - known by this module's name as well
 from musetalk.frames import Picture, UInt8Array
@@ -85,20 +86,6 @@ class Pose:
 Detection = tuple[Box, float]
 
 
-@runtime_checkable
-class GatedFinder(Protocol):
-    """A finder in two parts: the detector only says whether there is a face, the landmarks say where."""
-
-    def detect(self, pictures: Sequence[Picture]) -> list[Detection | None]:
-        """The detector's answer for each picture, seen at full size."""
-
-    def poses(self, pictures: Sequence[Picture]) -> list[Pose]:
-        """Landmarks for each picture, with a face or without."""
-
-    def confirms(self, picture: Picture, pose: Pose) -> float:
-        """Score of a clear face where the landmarks are, on a small copy of the picture; 0 when in doubt."""
-
-
 # -- landmarks ----------------------------------------------------------------------------------------------------
 
 
@@ -143,10 +130,15 @@ def pose_scale(width: int, height: int) -> tuple[float, float]:
     return scale_h * aspect, scale_h
 
 
+def pose_factor(width: int, height: int) -> float:
+    """Size of a frame in the pose network's input, as a share of its own."""
+    return INPUT_WIDTH / pose_scale(width, height)[0]
+
+
 def warp_for_pose(frame: UInt8Array) -> UInt8Array:
     """BGR frame -> what the pose network sees of it, BGR uint8 (384, 288, 3), black around the frame."""
     height, width = frame.shape[:2]
-    factor = INPUT_WIDTH / pose_scale(width, height)[0]
+    factor = pose_factor(width, height)
     matrix = np.array(
         [
             [factor, 0.0, INPUT_WIDTH / 2 - factor * width / 2],
@@ -291,10 +283,19 @@ class PoseFaceFinder:
     """Upstream's rule: S3FD says whether there is a face, RTMPose's landmarks say where its box is."""
 
     def __init__(
-        self, pose: nn.Module, detector: nn.Module, *, device: torch.device, dtype: torch.dtype, batch_size: int = 8
+        self,
+        pose: nn.Module,
+        detector: nn.Module,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int = 8,
+        device_input: bool | None = None,
     ) -> None:
         self._pose, self._detector = pose, detector
         self._device, self._dtype, self._batch_size = device, dtype, batch_size
+        self._input = PictureInput(device, device.type == "cuda" if device_input is None else device_input)
+        self._batch_px = _DETECTOR_BATCH_PX
         self._flip = torch.from_numpy(flip_table()).to(device)
         self._mean, self._std = (torch.from_numpy(v).to(device)[:, None, None] for v in (_POSE_MEAN, _POSE_STD))
 
@@ -312,20 +313,40 @@ class PoseFaceFinder:
         ]
 
     def detect(self, pictures: Sequence[Picture]) -> list[Detection | None]:
-        """The detector's face of each picture, or None; raises ProcessingError for values that are not finite."""
+        """The detector's face of each picture, or None.
+
+        Raises ProcessingError for values that are not finite, OutOfMemoryError when one picture does not fit.
+        """
         results: list[Detection | None] = []
-        first = 0
-        while first < len(pictures):
-            width, height = pictures[first].size
-            most = max(1, min(self._batch_size, _DETECTOR_BATCH_PX // (width * height)))
-            last = first + 1
-            while last < len(pictures) and last - first < most and pictures[last].size == (width, height):
-                last += 1
-            # Bytes travel to the device, not floats: a quarter of the transfer, and no work per pixel on the CPU.
-            batch = torch.from_numpy(np.stack([picture.bgr for picture in pictures[first:last]])).to(self._device)
-            results += self._detect(batch)
-            first = last
+        while len(results) < len(pictures):
+            part = self._first_batch(pictures[len(results) :])
+            try:
+                found = self._detect(self._input.bgr(part))
+            except torch.OutOfMemoryError:
+                found = []
+            # Outside the except block, because the traceback keeps the tensors that did not fit.
+            results += found
+            if not found:
+                torch.cuda.empty_cache()
+                if len(part) == 1:
+                    raise OutOfMemoryError("the GPU's memory is too small for one frame", is_oom=True, batch_size=1)
+                self._batch_px = len(part) // 2 * part[0].size[0] * part[0].size[1]
         return results
+
+    def _first_batch(self, pictures: Sequence[Picture]) -> Sequence[Picture]:
+        """The first pictures, of one size, as many as go through the detector together."""
+        width, height = pictures[0].size
+        most = max(1, min(self._batch_size, self._batch_px // (width * height)))
+        n_alike = next((n for n, other in enumerate(pictures) if other.size != (width, height)), len(pictures))
+        return pictures[: min(most, n_alike)]
+
+    def _warped(self, pictures: Sequence[Picture]) -> Tensor:
+        """What the pose network sees of pictures of any sizes, BGR uint8 (n, 384, 288, 3) on the device."""
+        size = pictures[0].size
+        uploaded = self._input.uploaded(pictures) if all(picture.size == size for picture in pictures) else None
+        if uploaded is not None:
+            return warped_bgr(uploaded, pictures[0].matrix, (INPUT_WIDTH, INPUT_HEIGHT), pose_factor(*size))
+        return torch.from_numpy(np.stack([warp_for_pose(picture.bgr) for picture in pictures])).to(self._device)
 
     def confirms(self, picture: Picture, pose: Pose) -> float:
         """Score of a clear face where the landmarks are, on a copy in which it is `_CHECKED_FACE_PX` large.
@@ -337,9 +358,7 @@ class PoseFaceFinder:
         share = _CHECKED_FACE_PX / max(around.width, around.height, 1)
         if share > _LARGEST_CHECK:
             return 0.0
-        small = (max(1, round(picture.size[0] * share)), max(1, round(picture.size[1] * share)))
-        copy = cv2.resize(picture.bgr, small, interpolation=cv2.INTER_AREA)
-        (found,) = self._detect(torch.from_numpy(np.asarray(copy, np.uint8)[None]).to(self._device))
+        (found,) = self._detect(self._input.reduced(picture, share))
         if found is None or found[1] < _SURE_SCORE:
             return 0.0
         box = np.array(found[0], np.float32) / np.float32(share)
@@ -356,8 +375,7 @@ class PoseFaceFinder:
         results: list[Pose] = []
         for first in range(0, len(pictures), self._batch_size):
             chosen = pictures[first : first + self._batch_size]
-            batch = torch.from_numpy(np.stack([warp_for_pose(picture.bgr) for picture in chosen])).to(self._device)
-            simcc_x, simcc_y = self.simcc(self._normalised(batch).to(self._dtype))
+            simcc_x, simcc_y = self.simcc(self._normalised(self._warped(chosen)).to(self._dtype))
             keypoints, scores = decode_simcc(simcc_x.float().cpu().numpy(), simcc_y.float().cpu().numpy())
             _check_finite(scores, "pose network")
             for picture, points, certain in zip(chosen, keypoints, scores, strict=True):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from musetalk import media
 from musetalk.avatars import Arena, Avatar, AvatarCache, PreparedFace, avatar_key, file_digest
-from musetalk.blending import PastePlan, blend_mask, colour_band, crop_for_parsing, face_mask
+from musetalk.blending import PastePlan, colour_band, crop_for_parsing, soft_mask
 from musetalk.device_pixels import crop_patches
 from musetalk.errors import CancelledError, NoFaceError, OutOfMemoryError
 from musetalk.face_search import FIND_BATCH, FaceSearch, FrameSearch, start_search
@@ -414,8 +414,8 @@ class SourcePreparer:
 
     def _paste_plan(self, labels: UInt8Array, box: Box, planes: Planes) -> PastePlan:
         options, around = self.options, blend_box(box)
-        mask = face_mask(labels, options.mask_mode, options.left_cheek_width, options.right_cheek_width)
-        mask = blend_mask(mask, box, around, blur=options.mask_blur)
+        cheeks = options.left_cheek_width, options.right_cheek_width
+        mask = soft_mask(labels, box, around, options.mask_mode, *cheeks, blur=options.mask_blur)
         return PastePlan.prepare(mask, box, around, planes.width, planes.height)
 
 
