@@ -88,7 +88,6 @@ def blend_mask(mask: UInt8Array, box: Box, around: Box, *, blur: float = 0.05) -
     side_w, side_h = around.width, around.height
     if side_w <= 0 or side_h <= 0:
         return np.zeros((max(0, side_h), max(0, side_w)), np.uint8)
-    resized = np.asarray(Image.fromarray(mask).resize((side_w, side_h)), np.uint8)
     soft = np.zeros((side_h, side_w), np.uint8)
     inner = box.shifted(-around.x0, -around.y0).clipped(side_w, side_h)
     shown = Box(inner.x0, max(inner.y0, int(side_h * _UPPER_BOUNDARY)), inner.x1, inner.y1)
@@ -103,10 +102,29 @@ def blend_mask(mask: UInt8Array, box: Box, around: Box, *, blur: float = 0.05) -
         reach, border = _grown(shown, kernel).clipped(side_w, side_h), cv2.BORDER_DEFAULT
     kept = np.zeros((reach.height, reach.width), np.uint8)
     place = shown.shifted(-reach.x0, -reach.y0)
-    kept[place.y0 : place.y1, place.x0 : place.x1] = resized[shown.y0 : shown.y1, shown.x0 : shown.x1]
+    kept[place.y0 : place.y1, place.x0 : place.x1] = _resized_part(mask, side_w, side_h, shown)
     blurred = cv2.GaussianBlur(kept, (kernel, kernel), 0, borderType=border)
     soft[reach.y0 : reach.y1, reach.x0 : reach.x1] = blurred
     return soft
+
+
+def _resized_part(mask: UInt8Array, width: int, height: int, part: Box) -> UInt8Array:
+    """The pixels inside `part` of `mask` (h, w) resized to `width` x `height` px, equal to those of the whole.
+
+    Pillow resizes rows, then columns. Each pass alone is given only what `part` shows.
+    """
+    first = _first_shown_row(mask.shape[0], part.y0, height)
+    across = np.zeros((mask.shape[0], part.width), np.uint8)
+    rows = Image.fromarray(mask[first:]).resize((width, mask.shape[0] - first))
+    across[first:] = np.asarray(rows, np.uint8)[:, part.x0 : part.x1]
+    return np.asarray(Image.fromarray(across).resize((part.width, height)), np.uint8)[part.y0 : part.y1]
+
+
+def _first_shown_row(n_rows: int, row: int, height: int) -> int:
+    """The first of `n_rows` that row `row` depends on when they are resized to `height`."""
+    scale = n_rows / height
+    # Bicubic, wider when it reduces.
+    return max(0, int(row * scale - 2 * max(1.0, scale) - 1))
 
 
 def _grown(box: Box, by_px: int) -> Box:
@@ -124,20 +142,12 @@ def soft_mask(
     blur: float = 0.05,
 ) -> UInt8Array:
     """`blend_mask` of `face_mask`, without the rows of labels that the lower half of the blend box does not show."""
-    first = _first_shown_row(labels.shape[0], around)
+    n_rows, height = labels.shape[0], around.height
+    shown = _first_shown_row(n_rows, int(height * _UPPER_BOUNDARY), height) if height > 0 else 0
+    first = max(0, shown - _MASK_REACH)
     mask = np.zeros_like(labels)
     mask[first:] = face_mask(labels[first:], mode, left_cheek, right_cheek)
     return blend_mask(mask, box, around, blur=blur)
-
-
-def _first_shown_row(n_rows: int, around: Box) -> int:
-    """The first row of labels that `blend_mask` may depend on."""
-    if around.height <= 0:
-        return 0
-    scale = n_rows / around.height
-    # Bicubic, wider when it reduces; the mask's rows depend on others by the kernels that grow and erode it.
-    resized = int(around.height * _UPPER_BOUNDARY) * scale - 2 * max(1.0, scale) - 1
-    return max(0, int(resized) - _MASK_REACH)
 
 
 def crop_for_parsing(frame: UInt8Array, around: Box) -> UInt8Array:

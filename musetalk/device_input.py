@@ -30,9 +30,10 @@ Uploaded = tuple[Tensor, Tensor]
 
 def upload_planes(pictures: Sequence[Planes], device: torch.device) -> Uploaded:
     """The planes of pictures of one size on `device`."""
-    luma = np.stack([planes.y for planes in pictures])
-    chroma = np.stack([(planes.u, planes.v) for planes in pictures])
-    return _upload(luma, device), _upload(chroma, device)
+    # Each by itself: stacked here, megabytes of fresh memory would be touched only to be copied once more.
+    luma = torch.stack([_upload(planes.y, device) for planes in pictures])
+    chroma = [torch.stack([_upload(part, device) for part in (planes.u, planes.v)]) for planes in pictures]
+    return luma, torch.stack(chroma)
 
 
 # -- whole pictures ---------------------------------------------------------------------------------------------------
