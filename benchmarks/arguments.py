@@ -162,6 +162,15 @@ def modelled_card(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def costs(description: str | None) -> argparse.Namespace:
+    """Arguments of benchmarks.costs."""
+    parser = _parser("costs", description)
+    parser.add_argument("--size", choices=list(FRAME_SIZES), default="1080p")
+    parser.add_argument("--seconds", type=float, default=60, help="length of the source")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    return parser.parse_args()
+
+
 def upstream_like(description: str | None) -> argparse.Namespace:
     """Arguments of benchmarks.upstream_like."""
     parser = _of_networks("upstream_like", description, "tiny")

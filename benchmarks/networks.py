@@ -24,7 +24,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from benchmarks import measuring
 from benchmarks.arguments import Size
 from musetalk.audio import AudioEncoder
-from musetalk.faces import Face, FaceParser
+from musetalk.face_parsing import FaceParser
+from musetalk.faces import Face
 from musetalk.frames import UInt8Array
 from musetalk.generator import Generator
 from musetalk.mesh_faces import JawParser

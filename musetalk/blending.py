@@ -23,6 +23,8 @@ _MOUTH = (11, 12, 13)  # mouth, upper lip, lower lip
 _LABELS_PX = 512
 # Of the mask's square only rows from this share on are used: the upper half of the face stays as it is.
 _UPPER_BOUNDARY = 0.5
+# Rows above one that its mask depends on: skin grows down by 6, two erosions look 1 further each.
+_MASK_REACH = 8
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------
@@ -86,21 +88,66 @@ def blend_mask(mask: UInt8Array, box: Box, around: Box, *, blur: float = 0.05) -
     side_w, side_h = around.width, around.height
     if side_w <= 0 or side_h <= 0:
         return np.zeros((max(0, side_h), max(0, side_w)), np.uint8)
-    resized = np.asarray(Image.fromarray(mask).resize((side_w, side_h)), np.uint8)
+    soft = np.zeros((side_h, side_w), np.uint8)
     inner = box.shifted(-around.x0, -around.y0).clipped(side_w, side_h)
-    top = max(inner.y0, int(side_h * _UPPER_BOUNDARY))
-    kernel = int(blur * side_w // 2 * 2) + 1
-    # Only what the blur can reach is blurred; beyond it everything is zero, which is also what is repeated at the edge.
-    reach = Box(inner.x0 - kernel, top - kernel, inner.x1 + kernel, inner.y1 + kernel).clipped(side_w, side_h)
-    soft = np.zeros_like(resized)
-    if top >= inner.y1 or inner.x0 >= inner.x1:
+    shown = Box(inner.x0, max(inner.y0, int(side_h * _UPPER_BOUNDARY)), inner.x1, inner.y1)
+    if shown.is_empty:
         return soft
+    kernel = int(blur * side_w // 2 * 2) + 1
+    # Only what the blur can reach is blurred; beyond it everything is zero.
+    reach = _grown(shown, kernel // 2)
+    border = cv2.BORDER_CONSTANT
+    if reach != reach.clipped(side_w, side_h):
+        # At the square's edge the mask is mirrored; with so much room, zeros are mirrored at the other edges.
+        reach, border = _grown(shown, kernel).clipped(side_w, side_h), cv2.BORDER_DEFAULT
     kept = np.zeros((reach.height, reach.width), np.uint8)
-    kept[top - reach.y0 : inner.y1 - reach.y0, inner.x0 - reach.x0 : inner.x1 - reach.x0] = resized[
-        top : inner.y1, inner.x0 : inner.x1
-    ]
-    soft[reach.y0 : reach.y1, reach.x0 : reach.x1] = cv2.GaussianBlur(kept, (kernel, kernel), 0)
+    place = shown.shifted(-reach.x0, -reach.y0)
+    kept[place.y0 : place.y1, place.x0 : place.x1] = _resized_part(mask, side_w, side_h, shown)
+    blurred = cv2.GaussianBlur(kept, (kernel, kernel), 0, borderType=border)
+    soft[reach.y0 : reach.y1, reach.x0 : reach.x1] = blurred
     return soft
+
+
+def _resized_part(mask: UInt8Array, width: int, height: int, part: Box) -> UInt8Array:
+    """The pixels inside `part` of `mask` (h, w) resized to `width` x `height` px, equal to those of the whole.
+
+    Pillow resizes rows, then columns. Each pass alone is given only what `part` shows.
+    """
+    first = _first_shown_row(mask.shape[0], part.y0, height)
+    across = np.zeros((mask.shape[0], part.width), np.uint8)
+    rows = Image.fromarray(mask[first:]).resize((width, mask.shape[0] - first))
+    across[first:] = np.asarray(rows, np.uint8)[:, part.x0 : part.x1]
+    return np.asarray(Image.fromarray(across).resize((part.width, height)), np.uint8)[part.y0 : part.y1]
+
+
+def _first_shown_row(n_rows: int, row: int, height: int) -> int:
+    """The first of `n_rows` that row `row` depends on when they are resized to `height`."""
+    scale = n_rows / height
+    # Bicubic, wider when it reduces.
+    return max(0, int(row * scale - 2 * max(1.0, scale) - 1))
+
+
+def _grown(box: Box, by_px: int) -> Box:
+    return Box(box.x0 - by_px, box.y0 - by_px, box.x1 + by_px, box.y1 + by_px)
+
+
+def soft_mask(
+    labels: UInt8Array,
+    box: Box,
+    around: Box,
+    mode: MaskMode,
+    left_cheek: int = 90,
+    right_cheek: int = 90,
+    *,
+    blur: float = 0.05,
+) -> UInt8Array:
+    """`blend_mask` of `face_mask`, without the rows of labels that the lower half of the blend box does not show."""
+    n_rows, height = labels.shape[0], around.height
+    shown = _first_shown_row(n_rows, int(height * _UPPER_BOUNDARY), height) if height > 0 else 0
+    first = max(0, shown - _MASK_REACH)
+    mask = np.zeros_like(labels)
+    mask[first:] = face_mask(labels[first:], mode, left_cheek, right_cheek)
+    return blend_mask(mask, box, around, blur=blur)
 
 
 def crop_for_parsing(frame: UInt8Array, around: Box) -> UInt8Array:

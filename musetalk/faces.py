@@ -1,6 +1,6 @@
-"""Faces in frames: detection, landmarks, the box that is regenerated, and the class of each pixel.
+"""Faces in frames: detection, landmarks, the box that is regenerated, and boxes over time.
 
-The arithmetic is upstream's (docs/model.md#landmarks-rtmpose to docs/model.md#face-parsing-bisenet), batched. Of
+The arithmetic is upstream's (docs/model.md#landmarks-rtmpose to docs/model.md#crop-box), batched. Of
 several faces in a frame the detector's highest score counts, and of equal scores the first in the detector's order
 (finest level first, rows, then columns); the landmarks come from the whole frame. Knows nothing of blending.
 """
@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
-from musetalk.batches import Batches
-from musetalk.errors import ProcessingError, RequestError
-from musetalk.frames import UInt8Array
+from musetalk.device_input import PictureInput, warped_bgr
+from musetalk.errors import OutOfMemoryError, ProcessingError, RequestError
+from musetalk.face_parsing import FaceParser as FaceParser  # noqa: PLC0414 - known by this module's name as well
+from musetalk.face_parsing import parse_input as parse_input  # noqa: PLC0414 - known by this module's name as well
+from musetalk.frames import Picture, UInt8Array
 from musetalk.geometry import Box
 from musetalk.networks.rtmpose import INPUT_HEIGHT, INPUT_WIDTH, SPLIT_RATIO
 
@@ -42,10 +42,10 @@ _CANDIDATE_SCORE, _FACE_SCORE, _NMS_OVERLAP = 0.05, 0.5, 0.3
 _MAX_SIDE_EXPONENT = 80.0
 # Pixels in one pass of the detector: its first layers have 64 channels of the full size (256 bytes a pixel).
 _DETECTOR_BATCH_PX = 4_000_000
-
-PARSE_PX = 512
-_PARSE_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_PARSE_STD = np.array([0.229, 0.224, 0.225], np.float32)
+# The detector finds clear faces of this size best, at a fraction of the pixels (docs/model.md#interval-search).
+_CHECKED_FACE_PX, _SURE_SCORE = 96, 0.9
+# A copy that is hardly smaller saves nothing: the picture itself is looked at.
+_LARGEST_CHECK = 0.7
 
 MIN_FACE_BOX_PX = 16
 
@@ -66,11 +66,24 @@ class FaceFinder(Protocol):
         """BGR frames (H, W, 3) of any sizes -> one face or None each."""
 
 
-class FaceParserLike(Protocol):
-    """Classify each pixel of a face."""
+@dataclass(frozen=True)
+class Pose:
+    """Landmarks that the pose network sees in a picture, (68, 2) float64 px, and the mean of their scores.
 
-    def labels(self, crops: Sequence[UInt8Array]) -> NDArray[np.uint8]:
-        """Square BGR crops of any sizes -> classes uint8 (n, 512, 512)."""
+    The network answers for any picture; whether there is a face says the detector.
+    """
+
+    landmarks: NDArray[np.float64]
+    score: float
+
+    @property
+    def points(self) -> NDArray[np.int32]:
+        """The landmarks in whole px, as the box is made of them."""
+        return self.landmarks.astype(np.int32)
+
+
+# The detector's box of a picture and its score.
+Detection = tuple[Box, float]
 
 
 # -- landmarks ----------------------------------------------------------------------------------------------------
@@ -117,10 +130,15 @@ def pose_scale(width: int, height: int) -> tuple[float, float]:
     return scale_h * aspect, scale_h
 
 
+def pose_factor(width: int, height: int) -> float:
+    """Size of a frame in the pose network's input, as a share of its own."""
+    return INPUT_WIDTH / pose_scale(width, height)[0]
+
+
 def warp_for_pose(frame: UInt8Array) -> UInt8Array:
     """BGR frame -> what the pose network sees of it, BGR uint8 (384, 288, 3), black around the frame."""
     height, width = frame.shape[:2]
-    factor = INPUT_WIDTH / pose_scale(width, height)[0]
+    factor = pose_factor(width, height)
     matrix = np.array(
         [
             [factor, 0.0, INPUT_WIDTH / 2 - factor * width / 2],
@@ -254,81 +272,128 @@ def box_from_landmarks(landmarks: NDArray[np.integer[Any]], detected: Box, bbox_
     return detected if box.is_empty or box.x0 < 0 else box
 
 
+def face_of(pose: Pose, detected: Detection, size: tuple[int, int], bbox_shift: int = 0) -> Face | None:
+    """The face of a picture of `size` (width, height) px; None when nothing of its box is inside."""
+    points = pose.points
+    box = box_from_landmarks(points, detected[0], bbox_shift).clipped(*size)
+    return None if box.is_empty else Face(box, points.astype(np.float32), detected[1])
+
+
 class PoseFaceFinder:
     """Upstream's rule: S3FD says whether there is a face, RTMPose's landmarks say where its box is."""
 
     def __init__(
-        self, pose: nn.Module, detector: nn.Module, *, device: torch.device, dtype: torch.dtype, batch_size: int = 8
+        self,
+        pose: nn.Module,
+        detector: nn.Module,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int = 8,
+        device_input: bool | None = None,
     ) -> None:
         self._pose, self._detector = pose, detector
         self._device, self._dtype, self._batch_size = device, dtype, batch_size
+        self._input = PictureInput(device, device.type == "cuda" if device_input is None else device_input)
+        self._batch_px = _DETECTOR_BATCH_PX
         self._flip = torch.from_numpy(flip_table()).to(device)
-        # Halved when the GPU's memory runs out, and kept: the next source of this size would run out again.
-        self._pass_px = _DETECTOR_BATCH_PX
+        self._mean, self._std = (torch.from_numpy(v).to(device)[:, None, None] for v in (_POSE_MEAN, _POSE_STD))
 
     def find(self, frames: Sequence[UInt8Array], *, bbox_shift: int = 0) -> list[Face | None]:
         """BGR frames uint8 (H, W, 3) of any sizes -> one face or None each; boxes in px, clipped to their frame.
 
         Raises ProcessingError when a network gives values that are not finite.
         """
-        detected = self._detect(frames)
-        with_face = [index for index, box in enumerate(detected) if box is not None]
-        landmarks = dict(zip(with_face, self._landmarks([frames[index] for index in with_face]), strict=True))
-        faces: list[Face | None] = []
-        for index, (frame, found) in enumerate(zip(frames, detected, strict=True)):
-            if found is None:
-                faces.append(None)
-                continue
-            points = landmarks[index].astype(np.int32)
-            box = box_from_landmarks(points, found[0], bbox_shift).clipped(frame.shape[1], frame.shape[0])
-            faces.append(None if box.is_empty else Face(box, points.astype(np.float32), found[1]))
-        return faces
+        pictures = [Picture(None, bgr=frame) for frame in frames]
+        detected = self.detect(pictures)
+        poses = iter(self.poses([picture for picture, found in zip(pictures, detected, strict=True) if found]))
+        return [
+            None if found is None else face_of(next(poses), found, picture.size, bbox_shift)
+            for picture, found in zip(pictures, detected, strict=True)
+        ]
 
-    @torch.inference_mode()
-    def _detect(self, frames: Sequence[UInt8Array]) -> list[tuple[Box, float] | None]:
-        results: list[tuple[Box, float] | None] = []
-        first = 0
-        while first < len(frames):
-            shape = frames[first].shape
-            most = max(1, min(self._batch_size, self._pass_px // (shape[0] * shape[1])))
-            last = first + 1
-            while last < len(frames) and last - first < most and frames[last].shape == shape:
-                last += 1
-            alike, batches = frames[first:last], Batches(most)
-            for found in batches.run(partial(self._detect_alike, alike), len(alike)):
-                results += found
-            if batches.size < most:
-                self._pass_px = batches.size * shape[0] * shape[1]
-            first = last
+    def detect(self, pictures: Sequence[Picture]) -> list[Detection | None]:
+        """The detector's face of each picture, or None.
+
+        Raises ProcessingError for values that are not finite, OutOfMemoryError when one picture does not fit.
+        """
+        results: list[Detection | None] = []
+        while len(results) < len(pictures):
+            part = self._first_batch(pictures[len(results) :])
+            try:
+                found = self._detect(self._input.bgr(part))
+            except torch.OutOfMemoryError:
+                found = []
+            # Outside the except block, because the traceback keeps the tensors that did not fit.
+            results += found
+            if not found:
+                torch.cuda.empty_cache()
+                if len(part) == 1:
+                    raise OutOfMemoryError("the GPU's memory is too small for one frame", is_oom=True, batch_size=1)
+                self._batch_px = len(part) // 2 * part[0].size[0] * part[0].size[1]
         return results
 
-    def _detect_alike(self, frames: Sequence[UInt8Array], part: slice) -> list[tuple[Box, float] | None]:
-        """One pass of the detector over a part of frames of one size."""
-        # Bytes travel to the device, not floats: a quarter of the transfer, and no work per pixel on the CPU.
-        batch = torch.from_numpy(np.stack(frames[part])).to(self._device)
+    def _first_batch(self, pictures: Sequence[Picture]) -> Sequence[Picture]:
+        """The first pictures, of one size, as many as go through the detector together."""
+        width, height = pictures[0].size
+        most = max(1, min(self._batch_size, self._batch_px // (width * height)))
+        n_alike = next((n for n, other in enumerate(pictures) if other.size != (width, height)), len(pictures))
+        return pictures[: min(most, n_alike)]
+
+    def _warped(self, pictures: Sequence[Picture]) -> Tensor:
+        """What the pose network sees of pictures of any sizes, BGR uint8 (n, 384, 288, 3) on the device."""
+        size = pictures[0].size
+        uploaded = self._input.uploaded(pictures) if all(picture.size == size for picture in pictures) else None
+        if uploaded is not None:
+            return warped_bgr(uploaded, pictures[0].matrix, (INPUT_WIDTH, INPUT_HEIGHT), pose_factor(*size))
+        return torch.from_numpy(np.stack([warp_for_pose(picture.bgr) for picture in pictures])).to(self._device)
+
+    def confirms(self, picture: Picture, pose: Pose) -> float:
+        """Score of a clear face where the landmarks are, on a copy in which it is `_CHECKED_FACE_PX` large.
+
+        0 when the face is not that much larger, or the detector is not sure.
+        """
+        points = pose.points
+        around = Box(*points.min(axis=0).tolist(), *points.max(axis=0).tolist())
+        share = _CHECKED_FACE_PX / max(around.width, around.height, 1)
+        if share > _LARGEST_CHECK:
+            return 0.0
+        (found,) = self._detect(self._input.reduced(picture, share))
+        if found is None or found[1] < _SURE_SCORE:
+            return 0.0
+        box = np.array(found[0], np.float32) / np.float32(share)
+        return found[1] if overlaps(box, np.array([around], np.float32))[0] >= _NMS_OVERLAP else 0.0
+
+    @torch.inference_mode()
+    def _detect(self, batch: Tensor) -> list[Detection | None]:
+        """The best face in each of the BGR pictures uint8 (n, H, W, 3) on the device."""
         heads = self._detector(detector_input(batch).to(self._dtype))
         return [best_detection(candidates) for candidates in decode_detections(heads)]
 
+    def poses(self, pictures: Sequence[Picture]) -> list[Pose]:
+        """Landmarks for each picture; raises ProcessingError for values that are not finite."""
+        results: list[Pose] = []
+        for first in range(0, len(pictures), self._batch_size):
+            chosen = pictures[first : first + self._batch_size]
+            simcc_x, simcc_y = self.simcc(self._normalised(self._warped(chosen)).to(self._dtype))
+            keypoints, scores = decode_simcc(simcc_x.float().cpu().numpy(), simcc_y.float().cpu().numpy())
+            _check_finite(scores, "pose network")
+            for picture, points, certain in zip(chosen, keypoints, scores, strict=True):
+                landmarks = keypoints_in_frame(points, *picture.size)[FACE_KEYPOINTS]
+                results.append(Pose(landmarks, float(certain[FACE_KEYPOINTS].mean())))
+        return results
+
     def run_once(self, frames: Sequence[UInt8Array]) -> None:
         """Run both networks over `frames`, whether they show a face or not, so that the first job finds them warm."""
-        self._detect(frames)
-        self._landmarks(frames)
+        pictures = [Picture(None, bgr=frame) for frame in frames]
+        self.detect(pictures)
+        self.poses(pictures)
 
-    def _landmarks(self, frames: Sequence[UInt8Array]) -> list[NDArray[np.float64]]:
-        """The 68 face landmarks of each frame in its px, (68, 2)."""
-        parts = Batches(self._batch_size).run(lambda part: self._landmarks_of(frames[part]), len(frames))
-        return [points for part in parts for points in part]
-
-    def _landmarks_of(self, chosen: Sequence[UInt8Array]) -> list[NDArray[np.float64]]:
-        """One pass of the pose network."""
-        batch = torch.from_numpy(np.stack([pose_input(warp_for_pose(frame)) for frame in chosen]))
-        simcc_x, simcc_y = self.simcc(batch.to(self._device, self._dtype))
-        keypoints, scores = decode_simcc(simcc_x.float().cpu().numpy(), simcc_y.float().cpu().numpy())
-        _check_finite(scores, "pose network")
-        return [
-            keypoints_in_frame(points, frame.shape[1], frame.shape[0])[FACE_KEYPOINTS]
-            for frame, points in zip(chosen, keypoints, strict=True)
-        ]
+    @torch.inference_mode()
+    def _normalised(self, warped: Tensor) -> Tensor:
+        """`pose_input` of BGR pictures uint8 (n, 384, 288, 3) on the device, equal to the last bit."""
+        rgb = warped.flip(3).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return rgb.sub_(self._mean).div_(self._std)
 
     @torch.inference_mode()
     def simcc(self, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -429,35 +494,3 @@ def smooth_boxes(faces: Sequence[Face | None], sigma_frames: float) -> list[Face
             smoothed[first + offset] = replace(face, box=Box(*(int(edge) for edge in row)))
         first = last
     return smoothed
-
-
-# -- parsing ----------------------------------------------------------------------------------------------------------
-
-
-def parse_input(crop: UInt8Array) -> NDArray[np.float32]:
-    """Square BGR crop -> normalised RGB (3, 512, 512); Pillow's antialiased bilinear resize, as trained.
-
-    Specified in docs/model.md#face-parsing-bisenet.
-    """
-    picture = Image.fromarray(np.ascontiguousarray(crop[..., ::-1])).resize(
-        (PARSE_PX, PARSE_PX), Image.Resampling.BILINEAR
-    )
-    rgb = (np.asarray(picture, np.float32) / np.float32(255) - _PARSE_MEAN) / _PARSE_STD
-    return np.ascontiguousarray(rgb.transpose(2, 0, 1))
-
-
-class FaceParser:
-    """Classify each pixel of a face."""
-
-    def __init__(self, network: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
-        self._network, self._device, self._dtype = network, device, dtype
-
-    @torch.inference_mode()
-    def labels(self, crops: Sequence[UInt8Array]) -> NDArray[np.uint8]:
-        """Square BGR crops of any sizes -> classes uint8 (n, 512, 512)."""
-        if not crops:
-            return np.zeros((0, PARSE_PX, PARSE_PX), np.uint8)
-        batch = torch.from_numpy(np.stack([parse_input(crop) for crop in crops]))
-        scores = self._network(batch.to(self._device, self._dtype))
-        labels: NDArray[np.uint8] = scores.argmax(dim=1).to(torch.uint8).cpu().numpy()
-        return labels

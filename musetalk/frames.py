@@ -128,6 +128,25 @@ def planes_to_bgr(planes: Planes, matrix: Matrix, box: Box | None = None) -> UIn
     return _as_uint8(cv2.transform(np.ascontiguousarray(yuv), from_yuv(matrix)))
 
 
+class Picture:
+    """A picture for the face networks: its planes where they are known, BGR made only where it is needed."""
+
+    def __init__(self, planes: Planes | None, matrix: Matrix = "bt709", bgr: UInt8Array | None = None) -> None:
+        """From planes, or from `bgr` uint8 (H, W, 3) of any size."""
+        shown = planes.y if planes is not None else bgr
+        assert shown is not None, "a picture has planes or BGR"
+        self.planes, self.matrix, self._bgr = planes, matrix, bgr
+        self.size = int(shown.shape[1]), int(shown.shape[0])
+
+    @property
+    def bgr(self) -> UInt8Array:
+        """BGR uint8 (H, W, 3); not kept, because a batch of large pictures waits in memory."""
+        if self._bgr is not None:
+            return self._bgr
+        assert self.planes is not None
+        return planes_to_bgr(self.planes, self.matrix)
+
+
 def bgr_to_planes(bgr: UInt8Array, matrix: Matrix) -> Planes:
     """BGR uint8 (h, w, 3), h and w even, as limited-range planes; chroma is the mean of each 2x2 block."""
     height, width = bgr.shape[:2]

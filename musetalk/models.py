@@ -15,7 +15,8 @@ from torch import nn
 from musetalk import weights
 from musetalk.audio import AudioEncoder
 from musetalk.errors import WeightsError
-from musetalk.faces import FaceFinder, FaceParser, FaceParserLike, PoseFaceFinder
+from musetalk.face_parsing import FaceParser, FaceParserLike
+from musetalk.faces import FaceFinder, PoseFaceFinder
 from musetalk.generator import Generator
 from musetalk.mesh_faces import MESH_IDENTITY, JawParser, MeshFaceFinder, NoFaceFinder, find_files
 from musetalk.networks.bisenet import bisenet_from_state
@@ -138,6 +139,9 @@ def _load_faces(
         pose = rtmpose_from_state(weights.read_state(files.pose)).to(device, FACE_DTYPE)
     with weights.loading(files.detector.name):
         detector = s3fd_from_state(weights.read_state(files.detector)).to(device, FACE_DTYPE)
+        if device.type == "cuda":
+            # The layout in which tensor cores convolve: cuDNN would transpose every map there and back.
+            detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with weights.loading(files.parsing.name):
         parsing = bisenet_from_state(weights.read_state(files.parsing)).to(device, FACE_DTYPE)
     parser = FaceParser(parsing, device=device, dtype=FACE_DTYPE)

@@ -8,6 +8,7 @@ from typing import Literal
 MaskMode = Literal["jaw", "raw", "neck"]
 LoopMode = Literal["ping_pong", "loop", "hold", "trim"]
 SilenceMode = Literal["generate", "closed", "source"]
+FaceSearchMode = Literal["interval", "every_frame"]
 
 
 # Below the chin the demo's crops have this share of the box's height: room for the jaw to drop.
@@ -24,11 +25,13 @@ class RenderOptions:
     `loop_mode` chooses the frames after the end of the source: `ping_pong` the way back, `loop` the first frame again,
     `hold` the last one; with `trim` the output ends there. `silence` chooses the picture of a pause: generated from
     its sound, a mouth kept shut, or the source.
+    `face_search` asks the face detector at the ends of intervals, or at every frame (docs/model.md#interval-search).
     `background` (#rrggbb) is shown where the source is transparent.
     `device_pixels` cuts and pastes faces where the networks run; `overlap` prepares the source in a thread of its own.
     """
 
     face_box: tuple[int, int, int, int] | None = None
+    face_search: FaceSearchMode = "interval"
     bbox_shift: int = 0
     extra_margin: int = 10
     margin_share: float = 0.0

@@ -6,8 +6,9 @@ Knows the preparation of one source frame and the order of output frames; nothin
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from pathlib import Path
@@ -20,14 +21,17 @@ from numpy.typing import NDArray
 from musetalk import media
 from musetalk.avatars import Arena, Avatar, AvatarCache, PreparedFace, avatar_key, file_digest
 from musetalk.batches import Batches, queue_depth
-from musetalk.blending import PastePlan, blend_mask, colour_band, crop_for_parsing, face_mask
+from musetalk.blending import colour_band, crop_for_parsing
 from musetalk.device_pixels import crop_patches
 from musetalk.errors import CancelledError, NoFaceError
-from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes, smoothing_reach
+from musetalk.face_search import FIND_BATCH, FaceSearch, FrameSearch, interval_for, start_search
+from musetalk.face_track import FaceTrack
+from musetalk.faces import Face, fixed_face, smoothing_reach
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Planes, UInt8Array, planes_to_bgr
 from musetalk.generator import crop_patch
 from musetalk.geometry import Box, blend_box, source_index
+from musetalk.masking import Masking
 from musetalk.models import Models
 from musetalk.options import RenderOptions
 from musetalk.streaming import BackgroundReader
@@ -36,10 +40,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Frames looked at together when faces are searched.
-FIND_BATCH = 8
 # Choices that change what is made of a face, and not where it is: a preview with another margin searches nothing again.
 _AFTER_FINDING = {"margin", "mask", "match_colours", "device_pixels", "boxes"}
+# Frames may wait for their faces in so much memory; a source that needs more is searched first and decoded again.
+_AHEAD_BYTES = 384 * 2**20
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class SourcePreparer:
         self._avatars = avatars if models.fingerprint else None
         # Its own stream: waiting for latents then does not wait for frames that are being generated.
         self._stream: Any = models.preparing_stream if options.overlap else None
+        self._masking = Masking(models.parser, options, info.colour.matrix, models.device, batches)
         self._kept = Avatar()
         self._fresh: dict[int, PreparedFace] = {}
         self._fresh_bytes = 0
@@ -103,12 +108,11 @@ class SourcePreparer:
             elif options.face_box is None and (known := self._avatars.known_faces(self._faces_key)) is not None:
                 self._kept = known
         self._fixed = None if options.face_box is None else fixed_face(options.face_box, info.width, info.height)
-        self._faces: list[Face | None] | None = None
-        self._found: tuple[Face | None, ...] = ()
+        self._track: FaceTrack | None = None
+        self._found: Sequence[Face | None] = ()
         self._is_whole = False
         self.n_frames = 0
         self.n_without_face = 0
-        self.n_interpolated = 0
         # Sentences about the source for the user, the same ones once for each reading.
         self.warnings = list(info.warnings)
         self._reused: set[int] = set()
@@ -123,6 +127,7 @@ class SourcePreparer:
             "background": options.background,
             "face_box": options.face_box,
             "bbox_shift": options.bbox_shift,
+            "face_search": options.face_search,
             "margin": [options.extra_margin, options.margin_share],
             "mask": [options.mask_mode, options.left_cheek_width, options.right_cheek_width, options.mask_blur],
             "match_colours": options.match_colours,
@@ -130,26 +135,46 @@ class SourcePreparer:
             "boxes": [options.box_smoothing, options.max_gap_frames],
         }
 
-    def find_faces(self, max_frames: int, should_stop: Callable[[], bool]) -> list[Box]:
+    def find_faces(self, max_frames: int, should_stop: Callable[[], bool], *, until_first: bool = False) -> list[Box]:
         """Find the face of each of the first `max_frames` frames; returns the crop boxes found (without margin).
 
         Short gaps are interpolated and boxes smoothed as the options say. With a fixed face box nothing is decoded.
-        Raises NoFaceError when no frame shows a face, MediaError for a broken source, CancelledError.
+        With `until_first` the search ends at the first face where it can; the others are searched while the source is
+        prepared. Raises NoFaceError when no frame shows a face, MediaError for a broken source, CancelledError.
         """
         if self._fixed is not None:
             return [self._fixed.box]
+        self._track = track = FaceTrack(self._max_gap, self.options.box_smoothing)
         self._found, self._is_whole = self._kept.found, self._kept.is_whole
-        faces = self._kept.faces_of(max_frames)
-        if faces is None:
-            faces = self._found = self._search(max_frames, should_stop)
-            self._is_whole = len(faces) < max_frames
-        n_found = sum(face is not None for face in faces)
-        if n_found == 0:
-            raise NoFaceError("no frame of the source shows a face", frames=len(faces))
-        filled = fill_gaps(faces, self._max_gap)
-        self.n_interpolated = sum(face is not None for face in filled) - n_found
-        self._faces = smooth_boxes(filled, self.options.box_smoothing)
-        return [face.box for face in self._faces if face is not None]
+        known = self._kept.faces_of(max_frames)
+        track.extend(self._kept.found if known is None else known)
+        if known is not None:
+            track.complete()
+        elif not (until_first and self._is_searched_ahead and track.has_face):
+            self._search(track, max_frames, should_stop, until_first=until_first and self._is_searched_ahead)
+        if not track.has_face:
+            raise NoFaceError("no frame of the source shows a face", frames=len(track.found))
+        return track.boxes() or [face.box for face in track.found if face is not None]
+
+    @property
+    def _is_searched_ahead(self) -> bool:
+        """Whether faces can be searched while the source is prepared: little waits, and the length is known."""
+        info = self.info
+        n_waiting = self.n_ahead + interval_for(info.width, info.height)
+        is_kept = self.options.loop_mode in ("ping_pong", "loop") and info.n_frames is None
+        return not is_kept and n_waiting * info.width * info.height * 3 // 2 <= _AHEAD_BYTES
+
+    @property
+    def boxes(self) -> list[Box]:
+        """Crop boxes (without margin) of the frames whose face is known."""
+        if self._fixed is not None:
+            return [self._fixed.box]
+        return [] if self._track is None else self._track.boxes()
+
+    @property
+    def n_interpolated(self) -> int:
+        """Frames whose face lies in a short gap between two that were found."""
+        return 0 if self._track is None else self._track.n_interpolated
 
     @property
     def _max_gap(self) -> int:
@@ -161,30 +186,61 @@ class SourcePreparer:
         """Frames behind one that have to be searched for its own box: smoothing looks at them, gaps end there."""
         return smoothing_reach(self.options.box_smoothing) + self._max_gap + 1
 
-    def _search(self, max_frames: int, should_stop: Callable[[], bool]) -> tuple[Face | None, ...]:
+    def _search(self, track: FaceTrack, max_frames: int, should_stop: Callable[[], bool], *, until_first: bool) -> None:
         """Faces of the first `max_frames` frames; frames that were searched before are not searched again."""
-        faces = list(self._kept.found)
-        n_known = len(faces)
+        search = FrameSearch(self._new_search(), track.found)
+        self._found = track.found
         with self._open(max_frames) as frames:
-            for batch in _batched(islice(frames, n_known, None), FIND_BATCH):
+            for batch in _batched(islice(frames, len(track.found), None), FIND_BATCH):
                 if should_stop():
                     raise CancelledError("the job was cancelled")
-                new = [frame for frame in batch if not frame.is_repeat or (not faces and frame is batch[0])]
-                pictures = [planes_to_bgr(frame.planes, self.info.colour.matrix) for frame in new]
-                shift = self.options.bbox_shift
-                found = iter(self.models.faces.find(pictures, bbox_shift=shift) if pictures else [])
                 for frame in batch:
-                    faces.append(faces[-1] if frame.is_repeat and faces else next(found))
-        return tuple(faces)
+                    track.extend(search.add(frame.planes, is_repeat=frame.is_repeat))
+                    if until_first and track.has_face:
+                        return
+        self._end_search(track, search, max_frames)
+
+    def _end_search(self, track: FaceTrack, search: FrameSearch, max_frames: int) -> None:
+        track.extend(search.finish())
+        track.complete()
+        self._is_whole = len(track.found) < max_frames
+
+    def _with_faces(
+        self, frames: Iterator[media.SourceFrame], max_frames: int
+    ) -> Generator[media.SourceFrame, None, None]:
+        """The frames, each as soon as its face is known."""
+        track = self._track
+        if track is None or track.is_complete:
+            yield from frames
+            return
+        n_known = len(track.found)
+        search = FrameSearch(self._new_search(), track.found)
+        self._found = track.found
+        waiting: deque[media.SourceFrame] = deque()
+        for frame in frames:
+            waiting.append(frame)
+            if frame.index >= n_known:
+                with torch.cuda.stream(self._stream):
+                    track.extend(search.add(frame.planes, is_repeat=frame.is_repeat))
+            while waiting and waiting[0].index < track.n_settled:
+                yield waiting.popleft()
+        with torch.cuda.stream(self._stream):
+            self._end_search(track, search, max_frames)
+        yield from waiting
+
+    def _new_search(self) -> FaceSearch:
+        info, options = self.info, self.options
+        size, matrix = (info.width, info.height), info.colour.matrix
+        return start_search(self.models.faces, options.face_search, size, matrix, options.bbox_shift)
 
     def keep(self) -> None:
         """Leave what was prepared to later jobs, unless it is too large or nothing is new."""
         if self._avatars is not None and self._found:
-            self._avatars.remember_faces(self._faces_key, Avatar(self._found, self._is_whole))
+            self._avatars.remember_faces(self._faces_key, Avatar(tuple(self._found), self._is_whole))
         is_new = bool(self._fresh) or len(self._found) > len(self._kept.found) or self._is_whole != self._kept.is_whole
         if self._avatars is None or not is_new or self._is_too_large():
             return
-        avatar = Avatar(self._found, self._is_whole, {**self._kept.prepared, **self._fresh})
+        avatar = Avatar(tuple(self._found), self._is_whole, {**self._kept.prepared, **self._fresh})
         self._avatars.put(self._key, avatar)
 
     def _is_too_large(self) -> bool:
@@ -195,8 +251,8 @@ class SourcePreparer:
 
         After a search for faces the number is known. Raises MediaError for a broken source, CancelledError.
         """
-        if self._faces is not None:
-            return len(self._faces)
+        if self._track is not None and self._track.is_complete:
+            return len(self._track.found)
         n_frames = 0
         with self._open(max_frames) as frames:
             for batch in _batched(frames, FIND_BATCH):
@@ -212,7 +268,8 @@ class SourcePreparer:
         the last picture is kept.
         """
         comes_back = self.options.loop_mode in ("ping_pong", "loop")
-        expected = len(self._faces) if self._faces is not None else self.info.n_frames
+        is_counted = self._track is not None and self._track.is_complete
+        expected = len(self._track.found) if self._track is not None and is_counted else self.info.n_frames
         keep = comes_back and (expected is None or expected < n_output)
         order: list[int] = []
         last: Record | None = None
@@ -278,12 +335,21 @@ class SourcePreparer:
             background=self.options.background_rgb,
             on_warning=self.warnings.append,
         )
-        depth = queue_depth(self.info.width * self.info.height * 3 // 2, self.options.batch_size)
-        return BackgroundReader(frames, depth=depth, name="decoder")
+        return BackgroundReader(frames, depth=self._queue_depth(), name="decoder")
+
+    def _queue_depth(self) -> int:
+        return queue_depth(self.info.width * self.info.height * 3 // 2, self.options.batch_size)
 
     def _forward(self, max_frames: int) -> Generator[tuple[media.SourceFrame, Record], None, None]:
         """Decode from the first frame on, a batch at a time; repeated pictures share one record."""
-        with self._open(max_frames) as frames:
+        with ExitStack() as stack:
+            decoded = stack.enter_context(self._open(max_frames))
+            searched = self._with_faces(decoded, max_frames)
+            frames: Iterator[media.SourceFrame] = searched
+            if self.options.overlap:
+                # Searching, encoding and decoding each in a thread of their own.
+                reader = BackgroundReader(searched, depth=self._queue_depth(), name="searcher")
+                frames = stack.enter_context(reader)
             previous: Record | None = None
             for batch in _batched(frames, self.options.batch_size):
                 fresh = [frame for frame in batch if not frame.is_repeat or (previous is None and frame is batch[0])]
@@ -349,33 +415,35 @@ class SourcePreparer:
             return
         crops: list[UInt8Array] = []
         squares: list[UInt8Array] = []
-        on_device = self._crops_on_device(places)
-        for frame, box in places:
+        frames, boxes = [frame.planes for frame, _ in places], [box for _, box in places]
+        on_device = self._crops_on_device(frames, boxes)
+        reads_planes = self._masking.reads_planes(boxes)
+        for planes, box in zip(frames, boxes, strict=True) if on_device is None or not reads_planes else ():
             around = blend_box(box)
-            region = _union(box, around).clipped(frame.planes.width, frame.planes.height)
-            picture = planes_to_bgr(frame.planes, self.info.colour.matrix, region)
+            region = _union(box, around).clipped(planes.width, planes.height)
+            picture = planes_to_bgr(planes, self.info.colour.matrix, region)
             if on_device is None:
                 crops.append(crop_patch(picture, box.shifted(-region.x0, -region.y0), self.models.generator.crop_px))
-            squares.append(crop_for_parsing(picture, around.shifted(-region.x0, -region.y0)))
+            if not reads_planes:
+                squares.append(crop_for_parsing(picture, around.shifted(-region.x0, -region.y0)))
         with torch.cuda.stream(self._stream):
             latents = list(self._latents(np.stack(crops) if on_device is None else on_device))
-            labels = list(self._labels(squares))
-        for index, (frame, box) in enumerate(places):
+            labels = list(self._masking.labels(frames, boxes, squares))
+        for index, plan in enumerate(self._masking.plans(labels, boxes, frames)):
             band = colour_band(crops[index]) if self.options.match_colours else None
-            yield PreparedFace(self._paste_plan(labels[index], box, frame.planes), latents[index], band)
+            yield PreparedFace(plan, latents[index], band)
 
     def _face(self, index: int) -> Face | None:
         if self._fixed is not None:
             return self._fixed
-        assert self._faces is not None, "find_faces comes first"
-        return self._faces[index] if index < len(self._faces) else None
+        assert self._track is not None, "find_faces comes first"
+        return self._track.face(index)
 
-    def _crops_on_device(self, places: Sequence[tuple[media.SourceFrame, Box]]) -> torch.Tensor | None:
+    def _crops_on_device(self, frames: Sequence[Planes], boxes: Sequence[Box]) -> torch.Tensor | None:
         """All crops, cut where the networks run; None where they are cut on the CPU (colours are matched there)."""
         if not self.options.device_pixels or self.options.match_colours:
             return None
         generator = self.models.generator
-        frames, boxes = [frame.planes for frame, _ in places], [box for _, box in places]
         with torch.cuda.stream(self._stream):
             return crop_patches(frames, boxes, generator.crop_px, self.info.colour.matrix, generator.device)
 
@@ -383,16 +451,6 @@ class SourcePreparer:
         for part in self._batches.run(lambda part: self.models.generator.encode(crops[part]), len(crops)):
             # NumPy has no bfloat16; float32 represents it without loss.
             yield from (part.float() if part.dtype == torch.bfloat16 else part).cpu().numpy()
-
-    def _labels(self, squares: Sequence[UInt8Array]) -> Iterator[UInt8Array]:
-        for part in self._batches.run(lambda part: self.models.parser.labels(squares[part]), len(squares)):
-            yield from part
-
-    def _paste_plan(self, labels: UInt8Array, box: Box, planes: Planes) -> PastePlan:
-        options, around = self.options, blend_box(box)
-        mask = face_mask(labels, options.mask_mode, options.left_cheek_width, options.right_cheek_width)
-        mask = blend_mask(mask, box, around, blur=options.mask_blur)
-        return PastePlan.prepare(mask, box, around, planes.width, planes.height)
 
 
 def _union(first: Box, second: Box) -> Box:

@@ -1,8 +1,8 @@
 """One video, from local files to a local file: probe, prepare, generate, finish; streaming from decoder to encoder.
 
-Two passes over the source. The first finds the faces of every frame the audio's length reaches, so that gaps can be
-filled, a missing face is reported before anything is generated, and the output's crop is fixed for the clip. The second
-decodes again, prepares each picture once, generates and pastes. With a given face box the first pass is not needed.
+The source is read up to its first face, so that a missing one is reported before anything is generated, and then from
+its start: each picture is searched, prepared once, drawn and pasted on its way. Where the plan depends on all faces (a
+crop around them) or on the source's length, all of it is searched first. With a given face box nothing is.
 Knows nothing of jobs, HTTP or the environment.
 """
 
@@ -254,7 +254,9 @@ class RenderSession:
             except NoFaceError:
                 if n_near >= self.n_frames:
                     raise
-        return self._preparer.find_faces(self.n_frames, should_stop)
+        # A whole video is searched while it is prepared, unless its plan depends on all faces or their number.
+        until_first = preview_s is None and not looks_at_all
+        return self._preparer.find_faces(self.n_frames, should_stop, until_first=until_first)
 
     def _index_at(self, time_s: float) -> int:
         """The output frame that is shown at a time; raises RequestError when there is none."""
@@ -288,12 +290,12 @@ class RenderSession:
 
     def _plan_output(self, boxes: list[Box]) -> OutputPlan:
         """Size and crop of the output, fixed for the clip by the median face."""
-        median = Box(*(int(statistics.median_low(edges)) for edges in zip(*boxes, strict=True)))
-        side, drawn = max(median.width, median.height), self.models.generator.crop_px
-        if side > LARGE_FACE_FACTOR * drawn:
-            self._warnings.append(f"the face is about {side} px large and is drawn at {drawn} px: it will look soft")
         plan = plan_output(
-            self._source.width, self._source.height, median, self.options.aspect_ratio, self.options.resolution
+            self._source.width,
+            self._source.height,
+            _median_box(boxes),
+            self.options.aspect_ratio,
+            self.options.resolution,
         )
         self._warnings.extend(plan.warnings)
         return plan
@@ -450,8 +452,18 @@ class RenderSession:
         return media.fit_planes(planes, self._plan.crop, (self._plan.width, self._plan.height))
 
     def _all_warnings(self) -> tuple[str, ...]:
-        """Warnings about the source, the audio and the output, each once."""
-        return tuple(dict.fromkeys([*self._preparer.warnings, *self._warnings]))
+        """Warnings about the source, the audio, the output and the face, each once."""
+        return tuple(dict.fromkeys([*self._preparer.warnings, *self._warnings, *self._size_warnings()]))
+
+    def _size_warnings(self) -> list[str]:
+        """What is to be said of the faces' size; known when all were found."""
+        if not (boxes := self._preparer.boxes):
+            return []
+        median, drawn = _median_box(boxes), self.models.generator.crop_px
+        side = max(median.width, median.height)
+        if side <= LARGE_FACE_FACTOR * drawn:
+            return []
+        return [f"the face is about {side} px large and is drawn at {drawn} px: it will look soft"]
 
     def finish(self) -> RenderSummary:
         """Close and check the file; only then does it get its name. Raises EncodeError if it is wrong."""
@@ -474,6 +486,10 @@ class RenderSession:
             options=self.options,
             peak_gpu_memory_mib=peak_memory_mib(self.models.device),
         )
+
+
+def _median_box(boxes: Sequence[Box]) -> Box:
+    return Box(*(int(statistics.median_low(edges)) for edges in zip(*boxes, strict=True)))
 
 
 def _check(should_stop: Callable[[], bool]) -> None:

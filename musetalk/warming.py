@@ -20,11 +20,11 @@ from musetalk.batches import Batches
 from musetalk.blending import PastePlan
 from musetalk.device_pixels import crop_patches, paste_regions
 from musetalk.devices import gpu_errors
+from musetalk.face_search import FIND_BATCH
 from musetalk.faces import PoseFaceFinder
 from musetalk.frames import Planes, UInt8Array, black_planes
 from musetalk.geometry import Box, blend_box
 from musetalk.models import Models
-from musetalk.preparing import FIND_BATCH
 
 logger = logging.getLogger(__name__)
 

@@ -90,6 +90,7 @@ class Engine:
             "scratch_disk_bytes": settings.scratch_disk_mb * _MIB,
             "device_pixels": on_gpu if settings.device_pixels == "auto" else settings.device_pixels == "1",
             "overlap": on_gpu,
+            "face_search": settings.face_search,
             **params.chosen(),
         }
         if params.extra_margin is not None:

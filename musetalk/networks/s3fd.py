@@ -55,18 +55,18 @@ class S3fd(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """RGB minus means (n, 3, H, W) -> 12 maps: class scores (n, 2, h, w) and offsets (n, 4, h, w) per level."""
-        x = F.relu(self.conv1_2(F.relu(self.conv1_1(x))))
+        x = _relu(self.conv1_2(_relu(self.conv1_1(x))))
         x = F.max_pool2d(x, 2)
-        x = F.max_pool2d(F.relu(self.conv2_2(F.relu(self.conv2_1(x)))), 2)
-        tap3 = F.relu(self.conv3_3(F.relu(self.conv3_2(F.relu(self.conv3_1(x))))))
+        x = F.max_pool2d(_relu(self.conv2_2(_relu(self.conv2_1(x)))), 2)
+        tap3 = _relu(self.conv3_3(_relu(self.conv3_2(_relu(self.conv3_1(x))))))
         x = F.max_pool2d(tap3, 2)
-        tap4 = F.relu(self.conv4_3(F.relu(self.conv4_2(F.relu(self.conv4_1(x))))))
+        tap4 = _relu(self.conv4_3(_relu(self.conv4_2(_relu(self.conv4_1(x))))))
         x = F.max_pool2d(tap4, 2)
-        tap5 = F.relu(self.conv5_3(F.relu(self.conv5_2(F.relu(self.conv5_1(x))))))
+        tap5 = _relu(self.conv5_3(_relu(self.conv5_2(_relu(self.conv5_1(x))))))
         x = F.max_pool2d(tap5, 2)
-        tap_fc7 = F.relu(self.fc7(F.relu(self.fc6(x))))
-        tap6 = F.relu(self.conv6_2(F.relu(self.conv6_1(tap_fc7))))
-        tap7 = F.relu(self.conv7_2(F.relu(self.conv7_1(tap6))))
+        tap_fc7 = _relu(self.fc7(_relu(self.fc6(x))))
+        tap6 = _relu(self.conv6_2(_relu(self.conv6_1(tap_fc7))))
+        tap7 = _relu(self.conv7_2(_relu(self.conv7_1(tap6))))
         tap3, tap4, tap5 = self.conv3_3_norm(tap3), self.conv4_3_norm(tap4), self.conv5_3_norm(tap5)
         finest = self.conv3_3_norm_mbox_conf(tap3)
         finest = torch.cat([finest[:, :3].amax(dim=1, keepdim=True), finest[:, 3:]], dim=1)
@@ -88,6 +88,11 @@ class S3fd(nn.Module):
 
 def _conv3(n_in: int, n_out: int) -> nn.Conv2d:
     return nn.Conv2d(n_in, n_out, 3, padding=1)
+
+
+def _relu(x: Tensor) -> Tensor:
+    """In place: two maps of the full size are gigabytes of a 4K frame, and the convolution's own is not needed."""
+    return F.relu(x, inplace=True)
 
 
 def s3fd_from_state(state: Mapping[str, Tensor]) -> S3fd:

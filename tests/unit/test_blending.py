@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from musetalk import blending
 from musetalk.blending import (
@@ -161,6 +162,30 @@ def test_an_empty_blend_box_has_an_empty_mask(around: Box) -> None:
 
 def test_a_box_beside_its_blend_box_leaves_the_mask_empty() -> None:
     assert not blend_mask(FULL, Box(100, 100, 120, 120), Box(0, 0, 40, 40)).any()
+
+
+def slow_soft_mask(labels: UInt8Array, box: Box, around: Box, mode: MaskMode, blur: float) -> UInt8Array:
+    """All of the mask, resized and blurred as a whole."""
+    mask = Image.fromarray(face_mask(labels, mode)).resize((around.width, around.height))
+    kept = np.zeros((around.height, around.width), np.uint8)
+    inner = box.shifted(-around.x0, -around.y0).clipped(around.width, around.height)
+    rows, columns = slice(max(inner.y0, around.height // 2), inner.y1), slice(inner.x0, inner.x1)
+    kept[rows, columns] = np.asarray(mask)[rows, columns]
+    kernel = int(blur * around.width // 2 * 2) + 1
+    return np.asarray(cv2.GaussianBlur(kept, (kernel, kernel), 0), np.uint8)
+
+
+@given(st.integers(8, 420), st.integers(8, 420), st.integers(0, 99), st.sampled_from(MODES), st.floats(0.02, 0.3))
+@settings(max_examples=40, deadline=None)
+def test_the_soft_mask_of_a_part_equals_that_of_the_whole(
+    width: int, height: int, seed: int, mode: MaskMode, blur: float
+) -> None:
+    cells = np.random.default_rng(seed).integers(0, 19, (24, 24), np.uint8)
+    labels = np.asarray(cv2.resize(cells, (512, 512), interpolation=cv2.INTER_NEAREST), np.uint8)
+    box = Box(seed, 10, seed + width, 10 + height)
+    around = blend_box(box)
+    got = blending.soft_mask(labels, box, around, mode, blur=blur)
+    assert np.array_equal(got, slow_soft_mask(labels, box, around, mode, blur))
 
 
 def test_an_empty_mask_stays_empty() -> None:
