@@ -201,6 +201,14 @@ def paste_regions(patches: Tensor, plans: Sequence[PastePlan], frames: Sequence[
     Returns (n, 3h/2, w) uint8 on the same device, h and w those of the largest region: rows of Y, then U and V side by
     side at half the size (`write_region` puts one back). Serves plans that `can_paste` accepts.
     """
+    return mix_regions(*patch_regions(patches, plans, matrix), plans, frames)
+
+
+def patch_regions(patches: Tensor, plans: Sequence[PastePlan], matrix: Matrix) -> tuple[Tensor, Tensor]:
+    """Patches as they are in the plans' regions, before the mask: luma (n, h, w), chroma (n, h/2, w/2, 2), levels.
+
+    h and w are those of the largest region.
+    """
     device, n = patches.device, len(plans)
     regions = [plan.region for plan in plans]
     height, width = max(region.height for region in regions), max(region.width for region in regions)
@@ -219,14 +227,19 @@ def paste_regions(patches: Tensor, plans: Sequence[PastePlan], frames: Sequence[
     new_luma = yuv[..., 0].round().clamp(0, 255)
     # Means of two by two before rounding, as bgr_to_planes takes them.
     blocks = yuv[..., 1:].reshape(n, height // 2, 2, width // 2, 2, 2)
-    new_chroma = blocks.mean(dim=(2, 4)).round().clamp(0, 255)
+    return new_luma, blocks.mean(dim=(2, 4)).round().clamp(0, 255)
+
+
+def mix_regions(luma: Tensor, chroma: Tensor, plans: Sequence[PastePlan], frames: Sequence[Planes]) -> Tensor:
+    """Levels of `patch_regions` over the frames under the plans' masks; packed as `paste_regions` returns them."""
+    device = luma.device
     old = [planes.region(plan.region) for planes, plan in zip(frames, plans, strict=True)]
     old_luma = _upload(_padded([part.y for part in old]), device)
     old_chroma = _upload(np.stack([_padded([part.u for part in old]), _padded([part.v for part in old])], -1), device)
-    luma = _mixed(new_luma, old_luma, _upload(_padded([plan.luma for plan in plans]), device))
+    mixed = _mixed(luma, old_luma, _upload(_padded([plan.luma for plan in plans]), device))
     weights = _upload(_padded([plan.chroma for plan in plans]), device)[..., None]
-    chroma = _mixed(new_chroma, old_chroma, weights)
-    return torch.cat([luma, torch.cat([chroma[..., 0], chroma[..., 1]], 2)], 1)
+    halves = _mixed(chroma, old_chroma, weights)
+    return torch.cat([mixed, torch.cat([halves[..., 0], halves[..., 1]], 2)], 1)
 
 
 def _part(taps: _Taps, first: int, end: int) -> _Taps:

@@ -24,6 +24,7 @@ class RenderOptions:
     `loop_mode` chooses the frames after the end of the source: `ping_pong` the way back, `loop` the first frame again,
     `hold` the last one; with `trim` the output ends there. `silence` chooses the picture of a pause: generated from
     its sound, a mouth kept shut, or the source.
+    `detail` 0..1 gives the source's fine detail back where the mouth did not move.
     `background` (#rrggbb) is shown where the source is transparent.
     `device_pixels` cuts and pastes faces where the networks run; `overlap` prepares the source in a thread of its own.
     """
@@ -41,6 +42,7 @@ class RenderOptions:
     max_gap_frames: int | None = None
     loop_mode: LoopMode = "ping_pong"
     silence: SilenceMode = "generate"
+    detail: float = 0.0
     background: str = "#ffffff"
     batch_size: int = 8
     aspect_ratio: str | None = None

@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from musetalk import media
 from musetalk.audio import SAMPLE_RATE, audio_windows, hushed, n_output_frames
 from musetalk.avatars import AvatarCache, PreparedFace
-from musetalk.blending import match_colours, paste_planes
+from musetalk.blending import PastePlan, match_colours, paste_planes
+from musetalk.detail import paste_detailed
+from musetalk.device_detail import paste_regions_detailed
 from musetalk.device_pixels import can_paste, paste_regions, write_region
 from musetalk.devices import gpu_errors, peak_memory_mib, reset_peak_memory
 from musetalk.errors import CancelledError, MediaError, NoFaceError, RequestError
@@ -395,8 +397,15 @@ class RenderSession:
             and all(face.band is None for _, face in faces)
         )
         matrix = self._source.colour.matrix
-        finish = (lambda levels: paste_regions(levels, plans, frames, matrix)) if is_pasted else None
-        return _Part(self.models.generator.start(latents, windows, finish), is_pasted)
+        if not is_pasted:
+            return _Part(self.models.generator.start(latents, windows), False)
+
+        def paste(levels: torch.Tensor) -> torch.Tensor:
+            if self.options.detail > 0:
+                return paste_regions_detailed(levels, plans, frames, matrix, self.options.detail)
+            return paste_regions(levels, plans, frames, matrix)
+
+        return _Part(self.models.generator.start(latents, windows, paste), True)
 
     def _paste_and_encode(self, item: _Item) -> None:
         """In the encoder's thread."""
@@ -413,8 +422,15 @@ class RenderSession:
             else:
                 if face.band is not None:
                     patch = match_colours(patch, face.band)
-                paste_planes(planes, face.plan, patch, self._source.colour.matrix)
+                self._paste(planes, face.plan, patch)
         return media.fit_planes(planes, self._plan.crop, (self._plan.width, self._plan.height))
+
+    def _paste(self, planes: Planes, plan: PastePlan, patch: UInt8Array) -> None:
+        matrix, detail = self._source.colour.matrix, self.options.detail
+        if detail > 0:
+            paste_detailed(planes, plan, patch, matrix, detail)
+        else:
+            paste_planes(planes, plan, patch, matrix)
 
     def _all_warnings(self) -> tuple[str, ...]:
         """Warnings about the source, the audio and the output, each once."""
