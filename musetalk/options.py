@@ -25,6 +25,7 @@ class RenderOptions:
     `hold` the last one; with `trim` the output ends there. `silence` chooses the picture of a pause: generated from
     its sound, a mouth kept shut, or the source.
     `detail` 0..1 gives the source's fine detail back where the mouth did not move.
+    `restore` 0..1 blends in what the restorer makes of each patch.
     `background` (#rrggbb) is shown where the source is transparent.
     `device_pixels` cuts and pastes faces where the networks run; `overlap` prepares the source in a thread of its own.
     """
@@ -43,6 +44,7 @@ class RenderOptions:
     loop_mode: LoopMode = "ping_pong"
     silence: SilenceMode = "generate"
     detail: float = 0.0
+    restore: float = 0.0
     background: str = "#ffffff"
     batch_size: int = 8
     aspect_ratio: str | None = None

@@ -39,6 +39,7 @@ from musetalk.models import Models
 from musetalk.options import RenderOptions
 from musetalk.output_geometry import OutputPlan, parse_request, plan_output
 from musetalk.preparing import QUEUE_DEPTH, Batches, Record, SourcePreparer
+from musetalk.restoration import SteadyRestoration
 from musetalk.silence import quiet_spans, speech_weights
 from musetalk.streaming import BackgroundReader, BackgroundWriter
 
@@ -172,6 +173,9 @@ class RenderSession:
         # How much each output frame shows of the mouth that speaks; None where pauses are not looked for.
         self._speech: NDArray[np.float64] | None = None
         self.generator_s = 0.0
+        self._restoration: SteadyRestoration | None = None
+        if options.restore > 0 and models.restorer is not None:
+            self._restoration = SteadyRestoration(models.restorer, options.restore)
 
     def __enter__(self) -> RenderSession:
         return self
@@ -187,6 +191,11 @@ class RenderSession:
         if self.models.version != "v1" and self.options.bbox_shift != 0:
             raise RequestError(
                 "params.bbox_shift has an effect with MuseTalk v1.0 only; leave it out", field="params.bbox_shift"
+            )
+        if self.options.restore > 0 and self.models.restorer is None:
+            raise RequestError(
+                "params.restore needs a worker with a restorer (MUSETALK_RESTORER); leave it out",
+                field="params.restore",
             )
         parse_request(self.options.aspect_ratio, self.options.resolution)
         self._source, self._audio = media.probe_both(self._source_path, self._audio_path, self._limits)
@@ -397,10 +406,13 @@ class RenderSession:
             and all(face.band is None for _, face in faces)
         )
         matrix = self._source.colour.matrix
+        restore = self._restoration
         if not is_pasted:
-            return _Part(self.models.generator.start(latents, windows), False)
+            return _Part(self.models.generator.start(latents, windows, restore), False)
 
         def paste(levels: torch.Tensor) -> torch.Tensor:
+            if restore is not None:
+                levels = restore(levels)
             if self.options.detail > 0:
                 return paste_regions_detailed(levels, plans, frames, matrix, self.options.detail)
             return paste_regions(levels, plans, frames, matrix)
