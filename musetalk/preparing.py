@@ -25,10 +25,11 @@ from musetalk.errors import CancelledError, NoFaceError, OutOfMemoryError
 from musetalk.faces import Face, fill_gaps, fixed_face, smooth_boxes, smoothing_reach
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Planes, UInt8Array, planes_to_bgr
-from musetalk.generator import crop_patch
+from musetalk.generator import crop_patch, to_bgr
 from musetalk.geometry import Box, blend_box, source_index
 from musetalk.models import Models
 from musetalk.options import RenderOptions
+from musetalk.strangers import is_demo_portrait, mouth_labels
 from musetalk.streaming import BackgroundReader
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ class SourcePreparer:
             "bbox_shift": options.bbox_shift,
             "margin": [options.extra_margin, options.margin_share],
             "mask": [options.mask_mode, options.left_cheek_width, options.right_cheek_width, options.mask_blur],
-            "match_colours": options.match_colours,
+            "match_colours": [options.match_colours, options.careful],
             "device_pixels": options.device_pixels,
             "boxes": [options.box_smoothing, options.max_gap_frames],
         }
@@ -384,8 +385,23 @@ class SourcePreparer:
             latents = list(self._latents(np.stack(crops) if on_device is None else on_device))
             labels = list(self._labels(squares))
         for index, (frame, box) in enumerate(places):
-            band = colour_band(crops[index]) if self.options.match_colours else None
-            yield PreparedFace(self._paste_plan(labels[index], box, frame.planes), latents[index], band)
+            band, original, classes = None, None, labels[index]
+            if self.options.careful and on_device is None and not is_demo_portrait(crops[index]):
+                original = self._original(crops[index], latents[index])
+                classes = self._mouth_labels(frame.index, box, classes)
+            elif self.options.match_colours:
+                band = colour_band(crops[index])
+            yield PreparedFace(self._paste_plan(classes, box, frame.planes), latents[index], band, original)
+
+    def _original(self, crop: UInt8Array, latents: NDArray[Any]) -> UInt8Array:
+        """The crop, and what the VAE makes of it, (2, s, s, 3)."""
+        reference = torch.from_numpy(latents[None, len(latents) // 2 :])
+        return np.stack([crop, to_bgr(self.models.generator.decode(reference))[0]])
+
+    def _mouth_labels(self, index: int, box: Box, labels: UInt8Array) -> UInt8Array:
+        """Mouth and chin by the landmarks; the parser's own labels where there are none (a given face box)."""
+        face = self._face(index)
+        return labels if face is None or face.landmarks is None else mouth_labels(face.landmarks, blend_box(box))
 
     def _face(self, index: int) -> Face | None:
         if self._fixed is not None:

@@ -41,6 +41,7 @@ from musetalk.output_geometry import OutputPlan, parse_request, plan_output
 from musetalk.preparing import QUEUE_DEPTH, Batches, Record, SourcePreparer
 from musetalk.restoration import SteadyRestoration
 from musetalk.silence import quiet_spans, speech_weights
+from musetalk.strangers import give_back
 from musetalk.streaming import BackgroundReader, BackgroundWriter
 
 # A long stretch without a face is passed through instead of waiting for a batch of faces behind it.
@@ -403,7 +404,7 @@ class RenderSession:
         is_pasted = (
             self.options.device_pixels
             and all(can_paste(plan) for plan in plans)
-            and all(face.band is None for _, face in faces)
+            and all(face.band is None and face.original is None for _, face in faces)
         )
         matrix = self._source.colour.matrix
         restore = self._restoration
@@ -432,7 +433,9 @@ class RenderSession:
             if is_pasted:
                 write_region(planes, face.plan.region, patch)
             else:
-                if face.band is not None:
+                if face.original is not None:
+                    patch = give_back(patch, face.original)
+                elif face.band is not None:
                     patch = match_colours(patch, face.band)
                 self._paste(planes, face.plan, patch)
         return media.fit_planes(planes, self._plan.crop, (self._plan.width, self._plan.height))
