@@ -23,8 +23,9 @@ from musetalk.geometry import Box
 FloatImage = NDArray[np.float32]
 
 # Sides for a patch shown at its own size; they grow with the size at which it is shown, and so does what it lacks.
-# Two box filters of 7 px leave nothing of a period of 7 px and 2 % of one of 8.
-_FILTER_PX, _CELL_PX = 7, 4
+# Two box filters of 11 px leave 5 % of a period of 8 px. Narrower ones leave more of the patch, whose own middle
+# frequencies flicker.
+_FILTER_PX, _CELL_PX = 11, 4
 # Cells around the region in which the edge is repeated: what filters, growth and enlargement reach.
 MARGIN_CELLS = 4
 # Mean difference of luma levels up to which source and patch agree, and from which on they do not.
@@ -36,8 +37,8 @@ _CHEEK = (0.14, 0.38, 0.32, 0.54)
 _SMALLEST_SAMPLE_PX = 8
 # Outputs whose Lanczos weights are one matrix: small, because most of a larger one is zero.
 _BLOCK = 64
-# Amplitude of noise over its mean amplitude: two sigma of a Gaussian.
-_NOISE_PEAK = 2.5
+# Largest amplitude of noise over its mean amplitude: half as much again adds to the mouth's error.
+_NOISE_PEAK = 1.5
 # Keeps a perfectly flat cell from counting as endless evidence of no noise.
 _FLAT = 0.05
 

@@ -63,7 +63,7 @@ def mouth_labels(landmarks: NDArray[np.float32], around: Box) -> UInt8Array:
 
 
 def give_back(patch: UInt8Array, original: UInt8Array) -> UInt8Array:
-    """The patch (h, w, 3) with what the VAE lost of the source; `original` (2, s, s, 3): the crop, and as the VAE has it."""
+    """The patch (h, w, 3) with what the VAE lost of the source; `original` (2, s, s, 3): crop, and the VAE's."""
     size = (patch.shape[1], patch.shape[0])
     crop, seen = (cv2.resize(picture, size).astype(np.float32) for picture in original)
     lost = crop - seen
