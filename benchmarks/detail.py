@@ -123,7 +123,7 @@ def stand_in(picture: UInt8Array, box: Box) -> UInt8Array:
     moved = cv2.warpAffine(
         small, np.array([[1, 0, 0.5], [0, 1, 0.4]]), (_PATCH_PX, _PATCH_PX), borderMode=cv2.BORDER_REPLICATE
     )
-    return np.asarray(cv2.add(moved, (2.0, 2.0, 2.0, 0)), np.uint8)
+    return np.asarray(np.clip(moved.astype(np.int16) + 2, 0, 255), np.uint8)
 
 
 def oval(box: Box, planes: Planes | None = None) -> PastePlan:

@@ -84,7 +84,8 @@ def load_restorer(path: Path, device: torch.device) -> Restorer:
     needs = model.size_requirements
 
     def side_px(side: int) -> int:
-        return -(-max(side, needs.minimum) // needs.multiple_of) * int(needs.multiple_of)
+        step = int(needs.multiple_of)
+        return -(-max(side, int(needs.minimum)) // step) * step
 
     return Restorer(model.architecture.name, model, side_px, device)
 

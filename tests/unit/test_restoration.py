@@ -75,14 +75,14 @@ def test_a_network_that_gives_no_picture_is_refused_at_start() -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="none.pth"):
+    with pytest.raises(WeightsError, match=r"none\.pth"):
         load_restorer(tmp_path / "none.pth", CPU)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("spandrel") is not None, reason="spandrel is installed")
 def test_a_missing_library_says_what_to_install(tmp_path: Path) -> None:
     torch.save({"body.0.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "small.pth")
-    with pytest.raises(WeightsError, match="requirements-restorer.txt"):
+    with pytest.raises(WeightsError, match=r"requirements-restorer\.txt"):
         load_restorer(tmp_path / "small.pth", CPU)
 
 
