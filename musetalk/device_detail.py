@@ -73,10 +73,7 @@ def _detailed(luma: Tensor, frames: Sequence[Planes], details: Sequence[DetailPl
     """`detail.detailed` for regions with the same filter and cell; luma float32 (n, h, w), padded anyhow."""
     device, cell = luma.device, details[0].cell_px
     top, _, left, _ = details[0].padding
-    rows, columns = (
-        -(-max(size) // cell) * cell
-        for size in zip(*((detail.region.height, detail.region.width) for detail in details), strict=True)
-    )
+    rows, columns = (-(-size // cell) * cell for size in luma.shape[1:])
     old = np.zeros((len(details), rows + 2 * top, columns + 2 * left), np.float32)
     mouth = np.zeros((len(details), old.shape[1] // cell, old.shape[2] // cell), np.float32)
     for index, (planes, detail) in enumerate(zip(frames, details, strict=True)):
