@@ -88,6 +88,17 @@ def card(description: str | None) -> argparse.Namespace:
     return options
 
 
+def detail(description: str | None) -> argparse.Namespace:
+    """Arguments of benchmarks.detail."""
+    parser = _parser("detail", description)
+    parser.add_argument("--frames", type=int, default=40, help="frames of each case")
+    parser.add_argument(
+        "--clips", type=Path, nargs="*", default=[], help="videos with one face each, to be measured too"
+    )
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    return parser.parse_args()
+
+
 def media(description: str | None) -> argparse.Namespace:
     """Arguments of benchmarks.media; `--side` and `--folder` are for the processes that it starts itself."""
     parser = _parser("media", description)

@@ -39,6 +39,7 @@ class Pose:
 
 # The head's canvas in face units: x0, y0, x1, y1.
 _HEAD = (-180.0, -170.0, 180.0, 250.0)
+HEAD_ORIGIN = _HEAD[:2]
 # What the jaw and the mouth may change.
 _MOUTH_AREA = (-110.0, 20.0, 110.0, 170.0)
 _EYE_AREA = (-70.0, -30.0, 70.0, 30.0)
@@ -141,7 +142,11 @@ class Portrait:
         self._draw_brows(canvas)
         self._draw_hair(canvas)
         assert canvas.alpha is not None
-        return np.clip(canvas.pixels, 0, 1), np.clip(canvas.alpha, 0, 1)
+        return self.textured(np.clip(canvas.pixels, 0, 1)), np.clip(canvas.alpha, 0, 1)
+
+    def textured(self, colours: Image) -> Image:
+        """The head's colours with the texture of the skin; a drawn person has none."""
+        return colours
 
     def _shade_face(self, canvas: Canvas, face: Image) -> None:
         who = self.identity

@@ -27,10 +27,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.detail import drawn
 from demo.evaluate import read_frames
 from demo.make_pair import AVATAR, SPEECH
 from demo.stages import MODELS
-from musetalk.blending import blend_mask, crop_for_parsing, face_mask
+from demo.texture import TexturedPortrait
+from musetalk.blending import blend_mask, crop_for_parsing, face_mask, paste_planes
+from musetalk.detail import paste_detailed
 from musetalk.devices import choose_dtype
 from musetalk.faces import smooth_boxes
 from musetalk.frames import planes_to_bgr
@@ -134,6 +137,7 @@ def main(folder: Path) -> None:
         save(folder, "preview", compare_preview(models, source[min(widest, len(source) - 1)], Fraction(widest, 25)))
         save(folder, "cheeks", compare_cheeks(models, source[0]))
         save(folder, "smoothing", compare_smoothing(models, source[0]))
+        cv2.imwrite(str(folder / "detail.png"), compare_detail(models, Path(name)))
         save(folder, "silence", compare_silence(models, Path(name)))
         save(folder, "loop", compare_loops(models, Path(name)))
 
@@ -215,6 +219,22 @@ def noisy_pause(folder: Path) -> Path:
         file.setparams((1, 2, rate, 0, "NONE", ""))
         file.writeframes((sound * 32767).astype("<i2").tobytes())
     return path
+
+
+def compare_detail(models: Models, folder: Path) -> Picture:
+    """A freckled, unshaven portrait at 1:1: the source, pasted without and with detail."""
+    *_, shot = drawn(TexturedPortrait(), 12, folder, models)
+    box, shown = shot.plan.box, []
+    for strength in (None, 0.0, 1.0):
+        planes = shot.source.copy()
+        if strength:
+            paste_detailed(planes, shot.plan, shot.patch, "bt709", strength)
+        elif strength is not None:
+            paste_planes(planes, shot.plan, shot.patch, "bt709")
+        middle = (box.x0 + box.x1) // 2
+        part = slice(box.y1 - 250, box.y1 - 10), slice(middle - 140, middle + 140)
+        shown.append(planes_to_bgr(planes, "bt709")[part])
+    return row(shown, 240)
 
 
 def compare_silence(models: Models, folder: Path) -> Picture:

@@ -81,23 +81,26 @@ class Arena:
 class PreparedFace:
     """The face of one source frame, ready for the generator: latents, where the patch goes, colours to match.
 
-    `latents` (8, 32, 32); `band` (10, 3) or None (`blending.colour_band`).
+    `latents` (8, 32, 32); `band` (10, 3) or None (`blending.colour_band`); `original` (2, s, s, 3) or None
+    (`strangers.give_back`).
     """
 
     plan: PastePlan
     latents: NDArray[Any]
     band: NDArray[np.float32] | None = None
+    original: NDArray[np.uint8] | None = None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The value as named arrays, as they are stored."""
         named = {"latents": self.latents, **{f"plan_{name}": array for name, array in self.plan.arrays().items()}}
-        return named if self.band is None else {**named, "band": self.band}
+        optional = {"band": self.band, "original": self.original}
+        return {**named, **{name: array for name, array in optional.items() if array is not None}}
 
     @staticmethod
     def from_arrays(named: Mapping[str, NDArray[Any]]) -> PreparedFace:
         """Rebuild the value that `arrays` describe; raises KeyError when something is missing."""
         plan = {name.removeprefix("plan_"): array for name, array in named.items() if name.startswith("plan_")}
-        return PreparedFace(PastePlan.from_arrays(plan), named["latents"], named.get("band"))
+        return PreparedFace(PastePlan.from_arrays(plan), named["latents"], named.get("band"), named.get("original"))
 
     def moved_to(self, arena: Arena) -> PreparedFace:
         """The same in the arena's memory."""

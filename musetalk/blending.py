@@ -304,6 +304,14 @@ def paste_planes(planes: Planes, plan: PastePlan, patch: UInt8Array, matrix: Mat
     """
     if plan.region.is_empty:
         return
+    mix_planes(planes, patch_planes(planes, plan, patch, matrix), plan)
+
+
+def patch_planes(planes: Planes, plan: PastePlan, patch: UInt8Array, matrix: Matrix) -> Planes:
+    """The patch as it is in the plan's region, before the mask; what it does not cover there comes from the frame.
+
+    The region must not be empty.
+    """
     face = cv2.resize(patch, (plan.box.width, plan.box.height), interpolation=cv2.INTER_LINEAR)
     region, box = plan.region, plan.box
     place = region.shifted(-box.x0, -box.y0)
@@ -314,10 +322,15 @@ def paste_planes(planes: Planes, plan: PastePlan, patch: UInt8Array, matrix: Mat
         inside = place.clipped(box.width, box.height)
         target = inside.shifted(-place.x0, -place.y0)
         new[target.y0 : target.y1, target.x0 : target.x1] = face[inside.y0 : inside.y1, inside.x0 : inside.x1]
-    converted, old = bgr_to_planes(np.asarray(new, np.uint8), matrix), planes.region(region)
-    _mix_into(old.y, converted.y, plan.luma)
-    _mix_into(old.u, converted.u, plan.chroma)
-    _mix_into(old.v, converted.v, plan.chroma)
+    return bgr_to_planes(np.asarray(new, np.uint8), matrix)
+
+
+def mix_planes(planes: Planes, new: Planes, plan: PastePlan) -> None:
+    """Mix `new`, of the region's size, into the frame's planes, in place, under the plan's mask."""
+    old = planes.region(plan.region)
+    _mix_into(old.y, new.y, plan.luma)
+    _mix_into(old.u, new.u, plan.chroma)
+    _mix_into(old.v, new.v, plan.chroma)
 
 
 def _mix_into(old: UInt8Array, new: UInt8Array, weight: UInt8Array) -> None:

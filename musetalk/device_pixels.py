@@ -192,7 +192,7 @@ def can_paste(plan: PastePlan) -> bool:
     return not plan.region.is_empty
 
 
-def _is_inside(plan: PastePlan) -> bool:
+def is_inside(plan: PastePlan) -> bool:
     """Whether the region needs no pixel beside the patch; evening moves its edges out by one at most."""
     return plan.region == plan.region.clipped_to(plan.box)
 
@@ -203,6 +203,16 @@ def paste_regions(patches: Tensor, plans: Sequence[PastePlan], frames: Sequence[
 
     Returns (n, 3h/2, w) uint8 on the same device, h and w those of the largest region: rows of Y, then U and V side by
     side at half the size (`write_region` puts one back). Serves plans that `can_paste` accepts.
+    """
+    return mix_regions(*patch_regions(patches, plans, frames, matrix), plans, frames)
+
+
+def patch_regions(
+    patches: Tensor, plans: Sequence[PastePlan], frames: Sequence[Planes], matrix: Matrix
+) -> tuple[Tensor, Tensor]:
+    """Patches as they are in the plans' regions, before the mask: luma (n, h, w), chroma (n, h/2, w/2, 2), levels.
+
+    h and w are those of the largest region.
     """
     device, n = patches.device, len(plans)
     regions = [plan.region for plan in plans]
@@ -218,20 +228,27 @@ def paste_regions(patches: Tensor, plans: Sequence[PastePlan], frames: Sequence[
         _stack_taps(columns, zeros, width, device),
         _stack_taps(rows, zeros, height, device),
     )
-    old = [planes.region(plan.region) for planes, plan in zip(frames, plans, strict=True)]
-    old_luma = _upload(_padded([part.y for part in old]), device)
-    old_chroma = _upload(np.stack([_padded([part.u for part in old]), _padded([part.v for part in old])], -1), device)
-    if not all(_is_inside(plan) for plan in plans):
+    if not all(is_inside(plan) for plan in plans):
+        old = [planes.region(plan.region).y for planes, plan in zip(frames, plans, strict=True)]
+        old_luma = _upload(_padded(old), device)
         face = torch.where(_box_mask(plans, height, width, device), face, _region_bgr(old_luma, plans, frames, matrix))
     yuv = _transform(face.float(), to_yuv(matrix))
     new_luma = yuv[..., 0].round().clamp(0, 255)
     # Means of two by two before rounding, as bgr_to_planes takes them.
     blocks = yuv[..., 1:].reshape(n, height // 2, 2, width // 2, 2, 2)
-    new_chroma = blocks.mean(dim=(2, 4)).round().clamp(0, 255)
-    luma = _mixed(new_luma, old_luma, _upload(_padded([plan.luma for plan in plans]), device))
+    return new_luma, blocks.mean(dim=(2, 4)).round().clamp(0, 255)
+
+
+def mix_regions(luma: Tensor, chroma: Tensor, plans: Sequence[PastePlan], frames: Sequence[Planes]) -> Tensor:
+    """Levels of `patch_regions` over the frames under the plans' masks; packed as `paste_regions` returns them."""
+    device = luma.device
+    old = [planes.region(plan.region) for planes, plan in zip(frames, plans, strict=True)]
+    old_luma = _upload(_padded([part.y for part in old]), device)
+    old_chroma = _upload(np.stack([_padded([part.u for part in old]), _padded([part.v for part in old])], -1), device)
+    mixed = _mixed(luma, old_luma, _upload(_padded([plan.luma for plan in plans]), device))
     weights = _upload(_padded([plan.chroma for plan in plans]), device)[..., None]
-    chroma = _mixed(new_chroma, old_chroma, weights)
-    return torch.cat([luma, torch.cat([chroma[..., 0], chroma[..., 1]], 2)], 1)
+    halves = _mixed(chroma, old_chroma, weights)
+    return torch.cat([mixed, torch.cat([halves[..., 0], halves[..., 1]], 2)], 1)
 
 
 def _part(taps: _Taps, first: int, end: int) -> _Taps:

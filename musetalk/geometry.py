@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from musetalk.options import LoopMode
@@ -84,3 +86,8 @@ def source_index(mode: LoopMode, index: int, length: int) -> int:
     if length <= 0 or index < 0:
         raise ValueError(f"no frame {index} of {length}")
     return index % length if mode == "loop" else min(index, length - 1)
+
+
+def median_box(boxes: Sequence[Box]) -> Box:
+    """The box of the median edges of some boxes, at least one."""
+    return Box(*(int(statistics.median_low(edges)) for edges in zip(*boxes, strict=True)))

@@ -157,6 +157,16 @@ MANIFEST: tuple[WeightFile, ...] = (
     ),
 )
 
+# Optional, for `params.restore`; none of the versions needs it.
+RESTORER = WeightFile(
+    name="restorer/GFPGANv1.4.pth",
+    purpose="face restorer (GFPGAN v1.4)",
+    url="https://github.com/TencentARC/GFPGAN/releases/download/v1.3.0/GFPGANv1.4.pth",
+    site="the GFPGAN project's releases",
+    n_bytes=348_632_874,
+    sha256="e2cd4703ab14f4d01fd1383a8a8b266f9a5833dacee8e6a79d3bf21a1b6be5ad",  # pragma: allowlist secret
+)
+
 # Other names under which the same file is found, tried in this order after the official one.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "sd-vae/diffusion_pytorch_model.bin": ("sd-vae/diffusion_pytorch_model.safetensors",),

@@ -22,6 +22,7 @@ from musetalk.mesh_faces import MESH_IDENTITY, JawParser, MeshFaceFinder, NoFace
 from musetalk.networks.bisenet import bisenet_from_state
 from musetalk.networks.rtmpose import rtmpose_from_state
 from musetalk.networks.s3fd import s3fd_from_state
+from musetalk.restoration import Restorer
 
 # Upstream's half-precision mode leaves the face networks in float32 as well; the detector's features, made from pixels
 # that are not normalised, come near the largest number of half precision.
@@ -43,6 +44,7 @@ class Models:
     parser: FaceParserLike
     # Of everything that prepares a source; empty: nothing is kept for later jobs.
     fingerprint: str = ""
+    restorer: Restorer | None = None
 
     @cached_property
     def preparing_stream(self) -> Any:

@@ -22,10 +22,13 @@ class RenderOptions:
     `max_gap_frames` None means half a second; `box_smoothing` is the sigma of a Gaussian over time in frames, 0 = off;
     `aspect_ratio` and `resolution` None keep the source's. `margin_share` adds that share of the box's height to
     `extra_margin`; `match_colours` gives each patch the colours its source has beside the mouth.
+    `careful` redraws less of a face that is not the demo portrait, and gives back what the VAE loses of it.
     `loop_mode` chooses the frames after the end of the source: `ping_pong` the way back, `loop` the first frame again,
     `hold` the last one; with `trim` the output ends there. `silence` chooses the picture of a pause: generated from
     its sound, a mouth kept shut, or the source.
     `face_search` asks the face detector at the ends of intervals, or at every frame (docs/model.md#interval-search).
+    `detail` 0..1 gives the source's fine detail back where the mouth did not move.
+    `restore` 0..1 blends in what the restorer makes of each patch.
     `background` (#rrggbb) is shown where the source is transparent.
     `device_pixels` cuts and pastes faces where the networks run; `overlap` prepares the source in a thread of its own.
     """
@@ -40,10 +43,13 @@ class RenderOptions:
     right_cheek_width: int = 90
     mask_blur: float = 0.05
     match_colours: bool = False
+    careful: bool = False
     box_smoothing: float = 0.0
     max_gap_frames: int | None = None
     loop_mode: LoopMode = "ping_pong"
     silence: SilenceMode = "generate"
+    detail: float = 0.0
+    restore: float = 0.0
     background: str = "#ffffff"
     batch_size: int = 8
     aspect_ratio: str | None = None
@@ -66,5 +72,7 @@ def version_defaults(version: str) -> RenderOptions:
     The demo was trained on crops with a margin that grows with the face, and its mask is drawn, not parsed.
     """
     if version == "demo":
-        return RenderOptions(extra_margin=0, margin_share=DEMO_MARGIN_SHARE, mask_mode="raw", match_colours=True)
+        return RenderOptions(
+            extra_margin=0, margin_share=DEMO_MARGIN_SHARE, mask_mode="raw", match_colours=True, careful=True
+        )
     return RenderOptions() if version == "v15" else RenderOptions(extra_margin=0, mask_mode="raw")

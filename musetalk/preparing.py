@@ -29,11 +29,12 @@ from musetalk.face_track import FaceTrack
 from musetalk.faces import Face, fixed_face, smoothing_reach
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Planes, UInt8Array, planes_to_bgr
-from musetalk.generator import crop_patch
+from musetalk.generator import crop_patch, to_bgr
 from musetalk.geometry import Box, blend_box, source_index
 from musetalk.masking import Masking
 from musetalk.models import Models
 from musetalk.options import RenderOptions
+from musetalk.strangers import is_demo_portrait, mouth_labels
 from musetalk.streaming import BackgroundReader
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class SourcePreparer:
             "face_search": options.face_search,
             "margin": [options.extra_margin, options.margin_share],
             "mask": [options.mask_mode, options.left_cheek_width, options.right_cheek_width, options.mask_blur],
-            "match_colours": options.match_colours,
+            "match_colours": [options.match_colours, options.careful],
             "device_pixels": options.device_pixels,
             "boxes": [options.box_smoothing, options.max_gap_frames],
         }
@@ -429,9 +430,26 @@ class SourcePreparer:
         with torch.cuda.stream(self._stream):
             latents = list(self._latents(np.stack(crops) if on_device is None else on_device))
             labels = list(self._masking.labels(frames, boxes, squares))
+        originals: list[UInt8Array | None] = [None] * len(places)
+        if self.options.careful and on_device is None:
+            for index, (frame, box) in enumerate(places):
+                if not is_demo_portrait(crops[index]):
+                    originals[index] = self._original(crops[index], latents[index])
+                    labels[index] = self._mouth_labels(frame.index, box, labels[index])
         for index, plan in enumerate(self._masking.plans(labels, boxes, frames)):
-            band = colour_band(crops[index]) if self.options.match_colours else None
-            yield PreparedFace(plan, latents[index], band)
+            original = originals[index]
+            band = colour_band(crops[index]) if self.options.match_colours and original is None else None
+            yield PreparedFace(plan, latents[index], band, original)
+
+    def _original(self, crop: UInt8Array, latents: NDArray[Any]) -> UInt8Array:
+        """The crop, and what the VAE makes of it, (2, s, s, 3)."""
+        reference = torch.from_numpy(latents[None, len(latents) // 2 :])
+        return np.stack([crop, to_bgr(self.models.generator.decode(reference))[0]])
+
+    def _mouth_labels(self, index: int, box: Box, labels: UInt8Array) -> UInt8Array:
+        """Mouth and chin by the landmarks; the parser's own labels where there are none (a given face box)."""
+        face = self._face(index)
+        return labels if face is None or face.landmarks is None else mouth_labels(face.landmarks, blend_box(box))
 
     def _face(self, index: int) -> Face | None:
         if self._fixed is not None:

@@ -8,7 +8,6 @@ Knows nothing of jobs, HTTP or the environment.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -26,19 +25,22 @@ from musetalk import media
 from musetalk.audio import SAMPLE_RATE, hushed, n_output_frames, windows_of
 from musetalk.avatars import AvatarCache, PreparedFace
 from musetalk.batches import Batches, queue_depth
-from musetalk.blending import match_colours, paste_planes
-from musetalk.device_pixels import can_paste, paste_regions, write_region
-from musetalk.devices import gpu_errors, peak_memory_mib, release_memory, reset_peak_memory, sent
+from musetalk.blending import match_colours
+from musetalk.device_pixels import write_region
+from musetalk.devices import gpu_errors, peak_memory_mib, release_memory, reset_peak_memory
 from musetalk.errors import CancelledError, MediaError, NoFaceError, RequestError
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Matrix, Planes, UInt8Array
 from musetalk.generator import PendingPatches
-from musetalk.geometry import Box
+from musetalk.geometry import Box, median_box
 from musetalk.models import Models
 from musetalk.options import RenderOptions
 from musetalk.output_geometry import OutputPlan, parse_request, plan_output
+from musetalk.pasting import can_paste_all, device_paste, paste
 from musetalk.preparing import Record, SourcePreparer
+from musetalk.restoration import SteadyRestoration
 from musetalk.silence import quiet_spans, speech_weights
+from musetalk.strangers import give_back
 from musetalk.streaming import BackgroundReader, BackgroundWriter
 
 # A long stretch without a face is passed through instead of waiting for a batch of faces behind it.
@@ -186,6 +188,9 @@ class RenderSession:
         # How much each output frame shows of the mouth that speaks; None where pauses are not looked for.
         self._speech: NDArray[np.float64] | None = None
         self.generator_s = 0.0
+        self._restoration: SteadyRestoration | None = None
+        if options.restore > 0 and models.restorer is not None:
+            self._restoration = SteadyRestoration(models.restorer, options.restore)
 
     def __enter__(self) -> RenderSession:
         return self
@@ -203,6 +208,11 @@ class RenderSession:
         if self.models.version != "v1" and self.options.bbox_shift != 0:
             raise RequestError(
                 "params.bbox_shift has an effect with MuseTalk v1.0 only; leave it out", field="params.bbox_shift"
+            )
+        if self.options.restore > 0 and self.models.restorer is None:
+            raise RequestError(
+                "params.restore needs a worker with a restorer (MUSETALK_RESTORER); leave it out",
+                field="params.restore",
             )
         parse_request(self.options.aspect_ratio, self.options.resolution)
         self._source, self._audio = media.probe_both(self._source_path, self._audio_path, self._limits)
@@ -293,7 +303,7 @@ class RenderSession:
         plan = plan_output(
             self._source.width,
             self._source.height,
-            _median_box(boxes),
+            median_box(boxes),
             self.options.aspect_ratio,
             self.options.resolution,
         )
@@ -416,22 +426,13 @@ class RenderSession:
         return chunk
 
     def _start(self, latents: torch.Tensor, windows: torch.Tensor, faces: list[tuple[Planes, PreparedFace]]) -> _Part:
+        generator, restore = self.models.generator, self._restoration
         # Where colours are matched to the source, the CPU does it, and pastes.
-        if not self.options.device_pixels or any(face.band is not None for _, face in faces):
-            return _Part(self.models.generator.start(latents, windows), False, [True] * len(faces))
-        is_shown = [can_paste(face.plan) for _, face in faces]
-        shown = [index for index, shows in enumerate(is_shown) if shows]
-        plans, frames = [faces[index][1].plan for index in shown], [faces[index][0] for index in shown]
-        matrix = self._source.colour.matrix
-
-        def finish(levels: torch.Tensor) -> torch.Tensor:
-            if not shown:
-                return levels[:0]
-            if len(shown) < len(levels):
-                levels = levels[sent(torch.tensor(shown), levels.device)]
-            return paste_regions(levels, plans, frames, matrix)
-
-        return _Part(self.models.generator.start(latents, windows, finish), True, is_shown)
+        is_matched = any(face.band is not None or face.original is not None for _, face in faces)
+        if is_matched or not self.options.device_pixels or not can_paste_all(faces, self.options.detail):
+            return _Part(generator.start(latents, windows, restore), False, [True] * len(faces))
+        finish, is_shown = device_paste(faces, self._source.colour.matrix, self.options.detail, restore)
+        return _Part(generator.start(latents, windows, finish), True, is_shown)
 
     def _paste_and_encode(self, item: _Item) -> None:
         """In the encoder's thread."""
@@ -446,9 +447,11 @@ class RenderSession:
             if is_pasted:
                 write_region(planes, face.plan.region, patch)
             else:
-                if face.band is not None:
+                if face.original is not None:
+                    patch = give_back(patch, face.original)
+                elif face.band is not None:
                     patch = match_colours(patch, face.band)
-                paste_planes(planes, face.plan, patch, self._source.colour.matrix)
+                paste(planes, face.plan, patch, self._source.colour.matrix, self.options.detail)
         return media.fit_planes(planes, self._plan.crop, (self._plan.width, self._plan.height))
 
     def _all_warnings(self) -> tuple[str, ...]:
@@ -459,7 +462,7 @@ class RenderSession:
         """What is to be said of the faces' size; known when all were found."""
         if not (boxes := self._preparer.boxes):
             return []
-        median, drawn = _median_box(boxes), self.models.generator.crop_px
+        median, drawn = median_box(boxes), self.models.generator.crop_px
         side = max(median.width, median.height)
         if side <= LARGE_FACE_FACTOR * drawn:
             return []
@@ -486,10 +489,6 @@ class RenderSession:
             options=self.options,
             peak_gpu_memory_mib=peak_memory_mib(self.models.device),
         )
-
-
-def _median_box(boxes: Sequence[Box]) -> Box:
-    return Box(*(int(statistics.median_low(edges)) for edges in zip(*boxes, strict=True)))
 
 
 def _check(should_stop: Callable[[], bool]) -> None:

@@ -171,7 +171,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     The file is `.safetensors`, or torch's own format with any suffix.
 
-    One level of wrapping (`state_dict`, `model`, `unet`) is removed, and so is a common prefix `module.` or `unet.`.
+    One level of wrapping (`state_dict`, `model`, `unet`, `params_ema`, `params`) is removed, and so is a common prefix
+    `module.` or `unet.`.
     No code stored in the file is executed: tensors are read, every other object becomes inert.
     Raises WeightsError for a missing, cut or foreign file, and for tensors that are not plain finite numbers.
     """
@@ -268,7 +269,7 @@ def _first_line(error: BaseException) -> str:
 def _unwrap(raw: object) -> dict[str, Tensor]:
     if not isinstance(raw, Mapping):
         return {}
-    for name in ("state_dict", "model", "unet"):
+    for name in ("state_dict", "model", "unet", "params_ema", "params"):
         inner = raw.get(name)
         if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
             raw = inner

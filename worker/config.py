@@ -212,6 +212,7 @@ class Settings:
     fetch_weights: AutoOrFlag = variable("MUSETALK_FETCH_WEIGHTS", _auto_or_flag, "Whether missing official weights are fetched at start; `auto`: only when the worker runs on a GPU.", "auto")
     s3fd_url: str = variable("MUSETALK_S3FD_URL", _address(with_query=True), "Another address for the S3FD file, which is not on the hub; unset: its author's site.", "")
     unet_path: Path | None = variable("MUSETALK_UNET_MODEL_PATH", _path, "Another UNet weights file than the layout's.")
+    restorer_path: Path | None = variable("MUSETALK_RESTORER", _path, "Weights of a face restorer (GFPGAN, RestoreFormer, …) for `params.restore`; needs `requirements-restorer.txt`.")
     unet_config_path: Path | None = variable("MUSETALK_UNET_CONFIG", _path, "Another UNet configuration file than the layout's.")
     device: DeviceChoice = variable("MUSETALK_DEVICE", _choice(DeviceChoice), "Where the networks run; `auto` uses the GPU when there is one.", "auto")
     worker_gpus: tuple[str, ...] = variable("WORKER_GPUS", _cards, "Several cards in one machine, in buffer mode: `all`, or numbers as in `nvidia-smi`, like `0,2`. `run_worker.sh` starts a worker for each, on the ports after WORKER_PORT; unset: one worker.", "")
@@ -385,7 +386,7 @@ def _joint_problems(values: Mapping[str, Any]) -> Iterable[str]:
 
 def _resolve(values: dict[str, Any], given: Mapping[str, str]) -> None:
     """Complete values that depend on the machine: folders are relative to the project's root, names come from the host."""
-    for name in ("models_dir", "output_dir", "work_dir", "avatar_dir", "unet_path", "unet_config_path"):
+    for name in ("models_dir", "output_dir", "work_dir", "avatar_dir", "unet_path", "unet_config_path", "restorer_path"):
         if values[name] is not None:
             values[name] = (ROOT / values[name]).resolve()
     warnings: list[str] = []

@@ -176,6 +176,7 @@ class EngineLoader:
     def _load_models(self) -> tuple[Models, int]:
         from musetalk import __version__, devices
         from musetalk.models import load_models
+        from musetalk.restoration import load_restorer
         from musetalk.warming import warm_up
 
         settings = self._settings
@@ -191,6 +192,10 @@ class EngineLoader:
             unet_path=settings.unet_path,
             unet_config_path=settings.unet_config_path,
         )
+        if settings.restorer_path is not None:
+            restorer = load_restorer(settings.restorer_path, device)
+            restorer.try_out(models.generator.crop_px)
+            models = replace(models, restorer=restorer)
         loaded = time.monotonic()
         wanted, acceleration = _speed(settings, device)
         batch_size = warm_up(models, wanted, acceleration)

@@ -163,6 +163,15 @@ class JobParams:
         "pauses in the speech, also noisy ones: `generate` follows their sound (default), `closed` holds the mouth "
         "shut, `source` shows the source untouched",
     )
+    detail: float | None = param(
+        _number(0, 1),
+        "how much of the source's fine detail (skin, stubble, grain) comes back where the mouth did not move; "
+        "0 = the model's own softness (default), 1 = all",
+    )
+    restore: float | None = param(
+        _number(0, 1),
+        "how much of a restored mouth is blended in; needs a worker with `MUSETALK_RESTORER` (0 = off, default)",
+    )
     background: str | None = param(_colour(), "colour behind a source with transparency (default `#ffffff`, white)")
     batch_size: int | None = param(_whole(1, 256), "output frames in one pass of the networks, instead of `BATCH_SIZE`")
     ignored: tuple[str, ...] = ()

@@ -44,6 +44,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--models-dir", type=Path, help="the folder (default: MUSETALK_MODELS_DIR)")
         if name == "fetch":
             command.add_argument("--convert", action="store_true", help="convert afterwards")
+            command.add_argument(
+                "--restorer", action="store_true", help="only the optional face restorer, for params.restore"
+            )
         if name != "verify":
             command.add_argument(
                 "--remove-originals",
@@ -80,7 +83,18 @@ def progress_on_stderr() -> Iterator[Watcher]:
         yield Watcher(lambda text: tqdm.write(text, file=sys.stderr), show)
 
 
+def _fetch_restorer(given: argparse.Namespace) -> int:
+    with progress_on_stderr() as watcher:
+        fetch(given.models_dir, given.version, manifest=(manifest.RESTORER,), watcher=watcher)
+    path = given.models_dir / manifest.RESTORER.name
+    print(f"MUSETALK_RESTORER={path}")
+    print("needs: .venv/bin/python -m pip install --no-deps -r requirements-restorer.txt", file=sys.stderr)
+    return 0
+
+
 def _fetch(given: argparse.Namespace, settings: Settings) -> int:
+    if given.restorer:
+        return _fetch_restorer(given)
     with progress_on_stderr() as watcher:
         fetched = fetch(
             given.models_dir,
