@@ -40,6 +40,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def close_all(place: os.stat_result) -> None:
+    """Close every descriptor that this process has of one file, for libraries that leave a given-up file open."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(int(name)), place):
+                    os.close(int(name))
+
+
 @contextlib.contextmanager
 def replacing(path: Path, *, suffix: str = ".part", mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; after the block the file written there replaces `path`.

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from musetalk.cores import MAX_THREADS, usable_cores
 from musetalk.errors import DiskFullError, EncodeError, MediaError
-from musetalk.files import is_disk_full, part_path, replacing, sync
+from musetalk.files import close_all, is_disk_full, part_path, replacing, sync
 from musetalk.frames import BT601_NTSC, BT601_PAL, BT709, Colour, Matrix, Planes, black_planes, planes_to_bgr
 from musetalk.media.decoder import probe_audio, read_audio_blocks
 from musetalk.media.limits import MediaLimits
@@ -281,15 +281,20 @@ class VideoWriter:
         if self._closed:
             return
         self._closed = True
+        place = None
         # Unlinked first: finishing a file that nobody needs would rewrite all of it.
         with suppress(OSError):
-            self._part.unlink(missing_ok=True)
+            place = os.stat(self._part)
+            self._part.unlink()
         container, self._container = self._container, None
         if self._sound is not None:
             self._sound.close()
         if container is not None:
             with suppress(av.error.FFmpegError, OSError, ValueError):
                 container.close()
+            # A file whose header did not fit on the disk stays open otherwise, for the life of the process.
+            if place is not None:
+                close_all(place)
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -32,8 +32,8 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options: dict[str, Any] = {
         "PLAYGROUND": "1",
         "BATCH_SIZE": "2",
-        "INTERNAL_API_KEY": "right",
-    }  # pragma: allowlist secret
+        "INTERNAL_API_KEY": "right",  # pragma: allowlist secret
+    }
     server = Server(folder, folder / "no-models", **options)
     try:
         server.wait_for(200)

@@ -356,20 +356,25 @@ def test_an_error_about_a_missing_folder_contains_no_path(tmp_path: Path) -> Non
 
 
 def limited_child(folder: str, n_bytes: int) -> str:
-    """In a process of its own: write under a file-size limit, the stand-in for a full disk; the error's name."""
+    """In a process of its own: write under a file-size limit, the stand-in for a full disk.
+
+    Returns the error's name and the number of files that are still open.
+    """
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:
         write(Path(folder) / "out.mp4", 25, audio_path=Path(folder) / "a.wav")
+        name = "written"
     except Exception as error:
-        return type(error).__name__
+        name = type(error).__name__
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    return "written"
+    links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
+    return f"{name} {sum(link.startswith(folder) for link in links)}"
 
 
-def test_a_full_disk_has_its_own_error_and_leaves_nothing_wherever_it_strikes(tmp_path: Path) -> None:
+def test_a_full_disk_has_its_own_error_and_leaves_nothing_open_or_behind_wherever_it_strikes(tmp_path: Path) -> None:
     wav(tmp_path / "a.wav", clips.tone(1.0, 16_000), 16_000)
     size = write(tmp_path / "whole.mp4", 25, audio_path=tmp_path / "a.wav").n_bytes
     # From the first byte over the middle to the last steps of moving the index to the front.
@@ -380,7 +385,7 @@ def test_a_full_disk_has_its_own_error_and_leaves_nothing_wherever_it_strikes(tm
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, check=False, capture_output=True)
-    assert done.stdout.decode().split() == ["DiskFullError"] * 6 + ["written"], done.stderr.decode()
+    assert done.stdout.decode().splitlines() == ["DiskFullError 0"] * 6 + ["written 0"], done.stderr.decode()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "out.mp4", "whole.mp4"]
 
 
