@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,7 +70,8 @@ def load_restorer(path: Path, device: torch.device) -> Restorer:
     if importlib.util.find_spec("spandrel") is None:
         raise WeightsError(f"{label} needs the spandrel library: pip install --no-deps -r {REQUIREMENTS}")
     try:
-        import spandrel
+        with _torchvision():
+            import spandrel
     except (ImportError, RuntimeError) as error:
         raise WeightsError(
             f"{label}: spandrel cannot be imported ({error}); pip install --no-deps -r {REQUIREMENTS}"
@@ -88,6 +92,35 @@ def load_restorer(path: Path, device: torch.device) -> Restorer:
         return -(-max(side, int(needs.minimum)) // step) * step
 
     return Restorer(model.architecture.name, model, side_px, device)
+
+
+@contextmanager
+def _torchvision() -> Iterator[None]:
+    """The few names of torchvision that spandrel imports, where torchvision is not installed.
+
+    A torchvision built for another torch would stop diffusers from being imported, so it is not required.
+    """
+    if importlib.util.find_spec("torchvision") is not None:
+        yield
+        return
+    functional = ModuleType("torchvision.transforms.functional")
+    # Only an inpainting network, which is refused, uses the other two.
+    vars(functional).update(normalize=_normalize, InterpolationMode=None, rotate=None)
+    stand_ins = {name: ModuleType(name) for name in ("torchvision", "torchvision.transforms")}
+    stand_ins[functional.__name__] = functional
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            sys.modules.pop(name, None)
+
+
+def _normalize(pictures: Tensor, mean: list[float], std: list[float], inplace: bool = False) -> Tensor:
+    """Pictures (..., c, h, w) minus the mean, over the deviation, of each channel."""
+    mean_, std_ = (torch.tensor(values, dtype=pictures.dtype, device=pictures.device) for values in (mean, std))
+    result = (pictures - mean_[:, None, None]) / std_[:, None, None]
+    return pictures.copy_(result) if inplace else result
 
 
 class SteadyRestoration:
