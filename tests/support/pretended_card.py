@@ -417,6 +417,10 @@ def pretended_card() -> Iterator[Card]:
     load_guard()
     card = Card()
     with contextlib.ExitStack() as stack:
+        # torch.tensor then makes its values on the host and copies them, which can be seen; what ran before in this
+        # process may have left it otherwise.
+        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)
         for patch in _patches(card):
             stack.enter_context(patch)
         _current.append(card)
