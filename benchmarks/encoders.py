@@ -53,7 +53,8 @@ def settings_to_compare(*, with_hardware: bool, presets: Sequence[str] = PRESETS
     """Names and settings: x264's presets by one thread, the usual one by all, and NVENC where it works."""
     usual = EncoderSettings()
     found = {f"x264 {preset}, 1 thread": replace(usual, preset=preset, threads=1) for preset in presets}
-    found[f"x264 {usual.preset}, {usual.n_threads()} threads"] = usual
+    n_threads = usual.n_threads()
+    found[f"x264 {usual.preset}, {n_threads} thread{'s' if n_threads > 1 else ''}"] = usual
     if with_hardware:
         hardware, reason = media.choose_encoder(_HARDWARE)
         if reason is None:

@@ -146,12 +146,12 @@ def test_a_file_dropped_beside_the_cards_finds_its_place(page: Page) -> None:
 def test_a_recording_from_the_microphone_becomes_the_speech(page: Page) -> None:
     page.by("source").send_keys(str(PHOTO))
     page.click("record")
-    page.wait(lambda: page.text("record-text").startswith("Stop (1"))
+    page.wait(lambda: page.text("record-text").startswith("Stop (2"))
     page.shot("recording")
     page.click("record")
     page.wait(lambda: page.text("audio-name").startswith("recording.wav"))
     seconds = float(page.text("trim-text").split()[0])
-    assert 0.8 < seconds < 4
+    assert 1 < seconds < 5
     page.drag_value("trim-end", 0.4)
     page.make()
     assert abs(page.js("document.getElementById('after').duration") - 0.4) < 0.1
@@ -330,7 +330,8 @@ def test_the_result_plays_beside_its_source_and_can_be_compared(page: Page, work
     assert page.text("facts").startswith("512 × 512 · 1.2 s at 25 frames a second")
     assert "the demo model" in page.text("facts")
     assert "Drawing the mouth" in page.text("times-key")
-    assert page.js("document.getElementById('times').children.length") >= 3
+    # Stages of a few hundredths of a second have no place of their own.
+    assert page.js("document.getElementById('times').children.length") >= 2
     # Source and result in one frame, in step.
     page.drag_value("compare", 60)
     assert page.js("document.getElementById('before-side').style.clipPath") == "inset(0px 40% 0px 0px)"
