@@ -35,7 +35,7 @@ from demo.texture import TexturedPortrait
 from musetalk.blending import blend_mask, crop_for_parsing, face_mask, paste_planes
 from musetalk.detail import paste_detailed
 from musetalk.devices import choose_dtype
-from musetalk.faces import smooth_boxes
+from musetalk.face_track import smooth_boxes
 from musetalk.frames import planes_to_bgr
 from musetalk.geometry import blend_box
 from musetalk.models import Models, load_models

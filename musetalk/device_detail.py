@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from musetalk.blending import PastePlan
 from musetalk.detail import AGREE, DIFFER, DetailPlan, is_enlarged, noise_sample, plan_detail, sampling_taps
-from musetalk.device_pixels import mix_regions, patch_regions
+from musetalk.device_pixels import mix_regions, patch_regions, upload
 from musetalk.frames import Matrix, Planes, to_yuv
 
 
@@ -26,7 +26,7 @@ def paste_regions_detailed(
 ) -> Tensor:
     """`device_pixels.paste_regions` with the sources' detail by `strength` 0..1; larger patches are made by Lanczos.
 
-    Equal to `detail.paste_detailed` except for the rounding of single samples. Serves plans that are `is_inside`.
+    Equal to `detail.paste_detailed` except for the rounding of single samples. Serves plans that `can_paste` accepts.
     """
     luma, chroma = patch_regions(patches, plans, frames, matrix)
     luma = luma.float()
@@ -45,7 +45,9 @@ def paste_regions_detailed(
     for detail in {(detail.filter_px, detail.cell_px) for detail in details}:
         same = [index for index, other in enumerate(details) if (other.filter_px, other.cell_px) == detail]
         chosen = [details[index] for index in same]
-        luma[same] = _detailed(luma[same], [frames[index] for index in same], chosen, strength)
+        places = upload(np.array(same), luma.device)
+        detailed = _detailed(luma.index_select(0, places), [frames[index] for index in same], chosen, strength)
+        luma.index_copy_(0, places, detailed)
     return mix_regions(luma.round().clamp(0, 255), chroma, plans, frames)
 
 
@@ -65,8 +67,8 @@ def _sampled(samples: Tensor, plan: PastePlan, step: int) -> Tensor:
 
 
 def _weighted(samples: Tensor, places: NDArray[np.int64], weights: NDArray[np.float32]) -> Tensor:
-    chosen = samples[torch.from_numpy(places).to(samples.device)]
-    return (chosen * torch.from_numpy(weights).to(samples.device)[..., None, None]).sum(1)
+    chosen = samples[upload(places, samples.device)]
+    return (chosen * upload(weights, samples.device)[..., None, None]).sum(1)
 
 
 def _detailed(luma: Tensor, frames: Sequence[Planes], details: Sequence[DetailPlan], strength: float) -> Tensor:
@@ -81,17 +83,17 @@ def _detailed(luma: Tensor, frames: Sequence[Planes], details: Sequence[DetailPl
         old[index, :height, :width] = planes.region(detail.region).y
         mouth[index, : detail.mouth.shape[0], : detail.mouth.shape[1]] = detail.mouth
     sizes = [(detail.region.height, detail.region.width) for detail in details]
-    source = torch.from_numpy(old).to(device)
+    source = upload(old, device)
     difference = source[:, : luma.shape[1], : luma.shape[2]] - luma
     padded = _extended(difference, sizes, source.shape[1:], (top, left))
     low = _box(_box(padded, details[0].filter_px), details[0].filter_px)
     cells = functional.avg_pool2d(padded[:, None], cell)[:, 0]
-    moved = torch.maximum(_box(cells, 3).abs(), cells.abs() * torch.from_numpy(mouth).to(device))
+    moved = torch.maximum(_box(cells, 3).abs(), cells.abs() * upload(mouth, device))
     moved = _box(functional.max_pool2d(moved[:, None], 3, 1, 1)[:, 0], 3)
     agreed = ((DIFFER - moved) / (DIFFER - AGREE)).clamp(0, 1)
     weight = functional.interpolate(agreed[:, None], scale_factor=cell, mode="bilinear", align_corners=False)[:, 0]
     inside = slice(None), slice(top, top + luma.shape[1]), slice(left, left + luma.shape[2])
-    noise = torch.from_numpy(_noise(frames, details, luma.shape)).to(device)
+    noise = upload(_noise(frames, details, luma.shape), device)
     return luma + strength * (noise + weight[inside] * (difference - low[inside] - noise))
 
 

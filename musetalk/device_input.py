@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the customary name
 
-from musetalk.device_pixels import _across, _down, _to_levels, _transform, _upload
+from musetalk.device_pixels import _across, _down, _to_levels, _transform, upload
 from musetalk.frames import Matrix, Picture, Planes, UInt8Array, from_yuv
 from musetalk.geometry import Box
 
@@ -31,8 +31,8 @@ Uploaded = tuple[Tensor, Tensor]
 def upload_planes(pictures: Sequence[Planes], device: torch.device) -> Uploaded:
     """The planes of pictures of one size on `device`."""
     # Each by itself: stacked here, megabytes of fresh memory would be touched only to be copied once more.
-    luma = torch.stack([_upload(planes.y, device) for planes in pictures])
-    chroma = [torch.stack([_upload(part, device) for part in (planes.u, planes.v)]) for planes in pictures]
+    luma = torch.stack([upload(planes.y, device) for planes in pictures])
+    chroma = [torch.stack([upload(part, device) for part in (planes.u, planes.v)]) for planes in pictures]
     return luma, torch.stack(chroma)
 
 
@@ -203,7 +203,7 @@ def _square_taps(
         place = first[:, None] - start + np.arange(weight.shape[1])
         places[index, :, : place.shape[1]] = place.clip(0, length - 1)
         weights[index, :, : place.shape[1]] = np.where((place >= 0) & (place < length), weight, 0)
-    return _upload(places.astype(np.int16), device).long(), _upload(weights, device)
+    return upload(places.astype(np.int16), device).long(), upload(weights, device)
 
 
 def _pillow(sums: Tensor) -> Tensor:
@@ -231,10 +231,10 @@ def square_pictures(
             around = Box(0, 0, 2, 2)
         parts.append(planes.region(around))
         starts.append((around.x0 - square.x0, around.y0 - square.y0))
-    luma = _upload(_stacked([part.y for part in parts]), device)
+    luma = upload(_stacked([part.y for part in parts]), device)
     chroma = np.stack([_stacked([part.u for part in parts]), _stacked([part.v for part in parts])], 1)
     # Two samples of luma to one of chroma, also in the column and the row that are repeated.
-    doubled = _doubled(_doubled_across(_upload(chroma, device)))[..., : luma.shape[1], : luma.shape[2]]
+    doubled = _doubled(_doubled_across(upload(chroma, device)))[..., : luma.shape[1], : luma.shape[2]]
     bgr = _levels(luma, doubled, matrix).to(torch.int32)
     inside_taps = [
         _square_taps(

@@ -72,7 +72,7 @@ def _stack_taps(
     for index, ((place, weight), offset) in enumerate(zip(taps, offsets, strict=True)):
         places[index, : len(place)] = place + offset
         weights[index, : len(weight)] = weight
-    return _upload(places, device).long(), _upload(weights, device).to(torch.int32)
+    return upload(places, device).long(), upload(weights, device).to(torch.int32)
 
 
 def _across(pictures: Tensor, taps: tuple[Tensor, Tensor]) -> Tensor:
@@ -126,7 +126,8 @@ def _padded(planes: Sequence[UInt8Array]) -> NDArray[np.uint8]:
     return stacked
 
 
-def _upload(array: NDArray[Any], device: torch.device) -> Tensor:
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array on the device; the host does not wait for it to arrive."""
     return sent(torch.from_numpy(array), device)
 
 
@@ -164,8 +165,8 @@ def crop_patches(
         around = Box(even.x0 - 2, even.y0 - 2, even.x1 + 2, even.y1 + 2).clipped(planes.width, planes.height)
         parts.append(planes.region(around))
         places.append(box.shifted(-around.x0, -around.y0))
-    luma = _upload(_padded([part.y for part in parts]), device).to(torch.int32)
-    chroma = _upload(np.stack([_padded([part.u for part in parts]), _padded([part.v for part in parts])], -1), device)
+    luma = upload(_padded([part.y for part in parts]), device).to(torch.int32)
+    chroma = upload(np.stack([_padded([part.u for part in parts]), _padded([part.v for part in parts])], -1), device)
     n, height, width = luma.shape
     columns = [_linear_taps(part.width // 2, part.width) for part in parts]
     rows = [_linear_taps(part.height // 2, part.height) for part in parts]
@@ -230,7 +231,7 @@ def patch_regions(
     )
     if not all(is_inside(plan) for plan in plans):
         old = [planes.region(plan.region).y for planes, plan in zip(frames, plans, strict=True)]
-        old_luma = _upload(_padded(old), device)
+        old_luma = upload(_padded(old), device)
         face = torch.where(_box_mask(plans, height, width, device), face, _region_bgr(old_luma, plans, frames, matrix))
     yuv = _transform(face.float(), to_yuv(matrix))
     new_luma = yuv[..., 0].round().clamp(0, 255)
@@ -243,10 +244,10 @@ def mix_regions(luma: Tensor, chroma: Tensor, plans: Sequence[PastePlan], frames
     """Levels of `patch_regions` over the frames under the plans' masks; packed as `paste_regions` returns them."""
     device = luma.device
     old = [planes.region(plan.region) for planes, plan in zip(frames, plans, strict=True)]
-    old_luma = _upload(_padded([part.y for part in old]), device)
-    old_chroma = _upload(np.stack([_padded([part.u for part in old]), _padded([part.v for part in old])], -1), device)
-    mixed = _mixed(luma, old_luma, _upload(_padded([plan.luma for plan in plans]), device))
-    weights = _upload(_padded([plan.chroma for plan in plans]), device)[..., None]
+    old_luma = upload(_padded([part.y for part in old]), device)
+    old_chroma = upload(np.stack([_padded([part.u for part in old]), _padded([part.v for part in old])], -1), device)
+    mixed = _mixed(luma, old_luma, upload(_padded([plan.luma for plan in plans]), device))
+    weights = upload(_padded([plan.chroma for plan in plans]), device)[..., None]
     halves = _mixed(chroma, old_chroma, weights)
     return torch.cat([mixed, torch.cat([halves[..., 0], halves[..., 1]], 2)], 1)
 
@@ -260,7 +261,7 @@ def _part(taps: _Taps, first: int, end: int) -> _Taps:
 def _box_mask(plans: Sequence[PastePlan], height: int, width: int, device: torch.device) -> Tensor:
     """Where each plan's region is inside its crop box, bool (n, height, width, 1)."""
     boxes = np.array([plan.box.shifted(-plan.region.x0, -plan.region.y0) for plan in plans], np.int32)
-    x0, y0, x1, y1 = _upload(boxes, device)[:, :, None].unbind(1)
+    x0, y0, x1, y1 = upload(boxes, device)[:, :, None].unbind(1)
     columns, rows = torch.arange(width, device=device), torch.arange(height, device=device)
     in_columns, in_rows = (columns >= x0) & (columns < x1), (rows >= y0) & (rows < y1)
     return (in_columns[:, None, :] & in_rows[:, :, None])[..., None]
@@ -280,7 +281,7 @@ def _region_bgr(luma: Tensor, plans: Sequence[PastePlan], frames: Sequence[Plane
         parts.append(planes.region(around))
         columns.append(_part(_linear_taps(around.width // 2, around.width), place.x0, place.x1))
         rows.append(_part(_linear_taps(around.height // 2, around.height), place.y0, place.y1))
-    chroma = _upload(np.stack([_padded([part.u for part in parts]), _padded([part.v for part in parts])], -1), device)
+    chroma = upload(np.stack([_padded([part.u for part in parts]), _padded([part.v for part in parts])], -1), device)
     doubled = _linear(
         chroma.to(torch.int32),
         _stack_taps(columns, [0] * n, width, device),

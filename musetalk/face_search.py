@@ -10,11 +10,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 
-from musetalk.faces import Detection, Face, FaceFinder, Pose, box_from_landmarks, face_of
+from musetalk.faces import (
+    Detection,
+    Face,
+    FaceFinder,
+    GatedFinder,
+    Pose,
+    box_from_landmarks,
+    face_of,
+    gated_faces,
+)
 from musetalk.frames import Matrix, Picture, Planes
 from musetalk.geometry import Box
 from musetalk.options import FaceSearchMode
@@ -27,20 +36,6 @@ _LARGE_PX = 1920 * 1088
 # Doubts: landmarks that move by this share of the face's longer side from one picture to the next, on average, and
 # scores below this share of those at the interval's begin.
 _JUMP, _FALL = 0.2, 0.7
-
-
-@runtime_checkable
-class GatedFinder(Protocol):
-    """A finder in two parts: the detector only says whether there is a face, the landmarks say where."""
-
-    def detect(self, pictures: Sequence[Picture]) -> list[Detection | None]:
-        """The detector's answer for each picture, seen at full size."""
-
-    def poses(self, pictures: Sequence[Picture]) -> list[Pose]:
-        """Landmarks for each picture, with a face or without."""
-
-    def confirms(self, picture: Picture, pose: Pose) -> float:
-        """Score of a clear face where the landmarks are, on a small copy of the picture; 0 when in doubt."""
 
 
 class FaceSearch(Protocol):
@@ -86,18 +81,8 @@ class EveryFrameSearch:
         if not pictures:
             return []
         if isinstance(self._finder, GatedFinder):
-            return _gated(self._finder, pictures, self._shift)
+            return gated_faces(self._finder, pictures, self._shift)
         return self._finder.find([picture.bgr for picture in pictures], bbox_shift=self._shift)
-
-
-def _gated(finder: GatedFinder, pictures: Sequence[Picture], bbox_shift: int) -> list[Face | None]:
-    """The faces of all pictures, each looked at by the detector."""
-    detected = finder.detect(pictures)
-    poses = iter(finder.poses([picture for picture, found in zip(pictures, detected, strict=True) if found]))
-    return [
-        None if found is None else face_of(next(poses), found, picture.size, bbox_shift)
-        for picture, found in zip(pictures, detected, strict=True)
-    ]
 
 
 class IntervalSearch:

@@ -7,9 +7,16 @@ it is searched. Knows no pictures.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from musetalk.faces import Face, fill_gaps, smooth_boxes, smoothing_reach
+import numpy as np
+from scipy.ndimage import gaussian_filter1d
+
+from musetalk.faces import Face
 from musetalk.geometry import Box
+
+# A Gaussian ends here, in sigmas (scipy's own choice).
+_GAUSSIAN_REACH = 4.0
 
 
 class FaceTrack:
@@ -79,3 +86,64 @@ class FaceTrack:
             # The frames behind the last face may be in a gap that will be filled.
             n_filled = self._last_face + 1
         return n_filled - self._reach
+
+
+def fill_gaps(faces: Sequence[Face | None], max_gap: int) -> list[Face | None]:
+    """Interpolate gaps of at most `max_gap` frames between two found faces; longer ones and the ends stay None."""
+    filled = list(faces)
+    previous: int | None = None
+    for index, face in enumerate(faces):
+        if face is None:
+            continue
+        if previous is not None and 1 < index - previous <= max_gap + 1:
+            before = faces[previous]
+            assert before is not None
+            for between in range(previous + 1, index):
+                filled[between] = _between(before, face, between - previous, index - previous)
+        previous = index
+    return filled
+
+
+def _between(first: Face, second: Face, step: int, n_steps: int) -> Face:
+    # Halves go up, in whole numbers: rounding to even can leave a box of 1 px with none.
+    edges = [
+        (2 * (a * (n_steps - step) + b * step) + n_steps) // (2 * n_steps)
+        for a, b in zip(first.box, second.box, strict=True)
+    ]
+    landmarks = None
+    if first.landmarks is not None and second.landmarks is not None:
+        landmarks = first.landmarks + (second.landmarks - first.landmarks) * np.float32(step / n_steps)
+    return Face(Box(*edges), landmarks, min(first.score, second.score))
+
+
+def smoothing_reach(sigma_frames: float) -> int:
+    """Frames before and behind one that its smoothed box depends on."""
+    return int(_GAUSSIAN_REACH * sigma_frames + 0.5) if sigma_frames > 0 else 0
+
+
+def smooth_boxes(faces: Sequence[Face | None], sigma_frames: float) -> list[Face | None]:
+    """Boxes averaged over time with a Gaussian, each unbroken run for itself; 0 leaves all as it is.
+
+    A run's ends repeat their outermost box, so a face that does not move keeps its box exactly.
+    """
+    smoothed = list(faces)
+    if sigma_frames <= 0:
+        return smoothed
+    first = 0
+    while first < len(faces):
+        if faces[first] is None:
+            first += 1
+            continue
+        last = first
+        run: list[Face] = []
+        while last < len(faces) and (face := faces[last]) is not None:
+            run.append(face)
+            last += 1
+        edges = np.array([face.box for face in run], np.float64)
+        means = np.floor(
+            gaussian_filter1d(edges, sigma_frames, axis=0, mode="nearest", truncate=_GAUSSIAN_REACH) + 0.5
+        ).astype(int)
+        for offset, (face, row) in enumerate(zip(run, means, strict=True)):
+            smoothed[first + offset] = replace(face, box=Box(*(int(edge) for edge in row)))
+        first = last
+    return smoothed

@@ -1,4 +1,4 @@
-"""Faces in frames: detection, landmarks, the box that is regenerated, and boxes over time.
+"""Faces in frames: detection, landmarks, and the box that is regenerated.
 
 The arithmetic is upstream's (docs/model.md#landmarks-rtmpose to docs/model.md#crop-box), batched. Of
 several faces in a frame the detector's highest score counts, and of equal scores the first in the detector's order
@@ -8,20 +8,19 @@ several faces in a frame the detector's highest score counts, and of equal score
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
+from musetalk.batches import Batches
 from musetalk.device_input import PictureInput, warped_bgr
-from musetalk.errors import OutOfMemoryError, ProcessingError, RequestError
-from musetalk.face_parsing import FaceParser as FaceParser  # noqa: PLC0414 - known by this module's name as well
-from musetalk.face_parsing import parse_input as parse_input  # noqa: PLC0414 - known by this module's name as well
+from musetalk.errors import ProcessingError, RequestError
 from musetalk.frames import Picture, UInt8Array
 from musetalk.geometry import Box
 from musetalk.networks.rtmpose import INPUT_HEIGHT, INPUT_WIDTH, SPLIT_RATIO
@@ -43,7 +42,7 @@ _MAX_SIDE_EXPONENT = 80.0
 # Pixels in one pass of the detector: its first layers have 64 channels of the full size (256 bytes a pixel).
 _DETECTOR_BATCH_PX = 4_000_000
 # The detector finds clear faces of this size best, at a fraction of the pixels (docs/model.md#interval-search).
-_CHECKED_FACE_PX, _SURE_SCORE = 96, 0.9
+CHECKED_FACE_PX, _SURE_SCORE = 96, 0.9
 # A copy that is hardly smaller saves nothing: the picture itself is looked at.
 _LARGEST_CHECK = 0.7
 
@@ -84,6 +83,30 @@ class Pose:
 
 # The detector's box of a picture and its score.
 Detection = tuple[Box, float]
+
+
+@runtime_checkable
+class GatedFinder(Protocol):
+    """A finder in two parts: the detector only says whether there is a face, the landmarks say where."""
+
+    def detect(self, pictures: Sequence[Picture]) -> list[Detection | None]:
+        """The detector's answer for each picture, seen at full size."""
+
+    def poses(self, pictures: Sequence[Picture]) -> list[Pose]:
+        """Landmarks for each picture, with a face or without."""
+
+    def confirms(self, picture: Picture, pose: Pose) -> float:
+        """Score of a clear face where the landmarks are, on a small copy of the picture; 0 when in doubt."""
+
+
+def gated_faces(finder: GatedFinder, pictures: Sequence[Picture], bbox_shift: int = 0) -> list[Face | None]:
+    """The face of each picture, or None; the detector looks at all of them."""
+    detected = finder.detect(pictures)
+    poses = iter(finder.poses([picture for picture, found in zip(pictures, detected, strict=True) if found]))
+    return [
+        None if found is None else face_of(next(poses), found, picture.size, bbox_shift)
+        for picture, found in zip(pictures, detected, strict=True)
+    ]
 
 
 # -- landmarks ----------------------------------------------------------------------------------------------------
@@ -294,6 +317,7 @@ class PoseFaceFinder:
     ) -> None:
         self._pose, self._detector = pose, detector
         self._device, self._dtype, self._batch_size = device, dtype, batch_size
+        self._pose_batches = Batches(batch_size)
         self._input = PictureInput(device, device.type == "cuda" if device_input is None else device_input)
         self._batch_px = _DETECTOR_BATCH_PX
         self._flip = torch.from_numpy(flip_table()).to(device)
@@ -304,13 +328,7 @@ class PoseFaceFinder:
 
         Raises ProcessingError when a network gives values that are not finite.
         """
-        pictures = [Picture(None, bgr=frame) for frame in frames]
-        detected = self.detect(pictures)
-        poses = iter(self.poses([picture for picture, found in zip(pictures, detected, strict=True) if found]))
-        return [
-            None if found is None else face_of(next(poses), found, picture.size, bbox_shift)
-            for picture, found in zip(pictures, detected, strict=True)
-        ]
+        return gated_faces(self, [Picture(None, bgr=frame) for frame in frames], bbox_shift)
 
     def detect(self, pictures: Sequence[Picture]) -> list[Detection | None]:
         """The detector's face of each picture, or None.
@@ -318,27 +336,20 @@ class PoseFaceFinder:
         Raises ProcessingError for values that are not finite, OutOfMemoryError when one picture does not fit.
         """
         results: list[Detection | None] = []
-        while len(results) < len(pictures):
-            part = self._first_batch(pictures[len(results) :])
-            try:
-                found = self._detect(self._input.bgr(part))
-            except torch.OutOfMemoryError:
-                found = []
-            # Outside the except block, because the traceback keeps the tensors that did not fit.
-            results += found
-            if not found:
-                torch.cuda.empty_cache()
-                if len(part) == 1:
-                    raise OutOfMemoryError("the GPU's memory is too small for one frame", is_oom=True, batch_size=1)
-                self._batch_px = len(part) // 2 * part[0].size[0] * part[0].size[1]
+        for _, alike in groupby(pictures, key=lambda picture: picture.size):
+            results += self._detect_alike(list(alike))
         return results
 
-    def _first_batch(self, pictures: Sequence[Picture]) -> Sequence[Picture]:
-        """The first pictures, of one size, as many as go through the detector together."""
-        width, height = pictures[0].size
-        most = max(1, min(self._batch_size, self._batch_px // (width * height)))
-        n_alike = next((n for n, other in enumerate(pictures) if other.size != (width, height)), len(pictures))
-        return pictures[: min(most, n_alike)]
+    def _detect_alike(self, pictures: Sequence[Picture]) -> list[Detection | None]:
+        """`detect` for pictures of one size, as many together as the detector takes."""
+        picture_px = pictures[0].size[0] * pictures[0].size[1]
+        n_together = max(1, min(self._batch_size, self._batch_px // picture_px))
+        batches = Batches(n_together)
+        found = batches.run(lambda part: self._detect(self._input.bgr(pictures[part])), len(pictures))
+        if batches.size < n_together:
+            # For pictures of every size: the next search knows.
+            self._batch_px = batches.size * picture_px
+        return [face for batch in found for face in batch]
 
     def _warped(self, pictures: Sequence[Picture]) -> Tensor:
         """What the pose network sees of pictures of any sizes, BGR uint8 (n, 384, 288, 3) on the device."""
@@ -349,13 +360,13 @@ class PoseFaceFinder:
         return torch.from_numpy(np.stack([warp_for_pose(picture.bgr) for picture in pictures])).to(self._device)
 
     def confirms(self, picture: Picture, pose: Pose) -> float:
-        """Score of a clear face where the landmarks are, on a copy in which it is `_CHECKED_FACE_PX` large.
+        """Score of a clear face where the landmarks are, on a copy in which it is `CHECKED_FACE_PX` large.
 
         0 when the face is not that much larger, or the detector is not sure.
         """
         points = pose.points
         around = Box(*points.min(axis=0).tolist(), *points.max(axis=0).tolist())
-        share = _CHECKED_FACE_PX / max(around.width, around.height, 1)
+        share = CHECKED_FACE_PX / max(around.width, around.height, 1)
         if share > _LARGEST_CHECK:
             return 0.0
         (found,) = self._detect(self._input.reduced(picture, share))
@@ -371,21 +382,25 @@ class PoseFaceFinder:
         return [best_detection(candidates) for candidates in decode_detections(heads)]
 
     def poses(self, pictures: Sequence[Picture]) -> list[Pose]:
-        """Landmarks for each picture; raises ProcessingError for values that are not finite."""
+        """Landmarks for each picture.
+
+        Raises ProcessingError for values that are not finite, OutOfMemoryError when one picture does not fit.
+        """
+        found = self._pose_batches.run(lambda part: self._poses(pictures[part]), len(pictures))
+        return [pose for batch in found for pose in batch]
+
+    def _poses(self, pictures: Sequence[Picture]) -> list[Pose]:
+        simcc_x, simcc_y = self.simcc(self._normalised(self._warped(pictures)).to(self._dtype))
+        keypoints, scores = decode_simcc(simcc_x.float().cpu().numpy(), simcc_y.float().cpu().numpy())
+        _check_finite(scores, "pose network")
         results: list[Pose] = []
-        for first in range(0, len(pictures), self._batch_size):
-            chosen = pictures[first : first + self._batch_size]
-            simcc_x, simcc_y = self.simcc(self._normalised(self._warped(chosen)).to(self._dtype))
-            keypoints, scores = decode_simcc(simcc_x.float().cpu().numpy(), simcc_y.float().cpu().numpy())
-            _check_finite(scores, "pose network")
-            for picture, points, certain in zip(chosen, keypoints, scores, strict=True):
-                landmarks = keypoints_in_frame(points, *picture.size)[FACE_KEYPOINTS]
-                results.append(Pose(landmarks, float(certain[FACE_KEYPOINTS].mean())))
+        for picture, points, certain in zip(pictures, keypoints, scores, strict=True):
+            landmarks = keypoints_in_frame(points, *picture.size)[FACE_KEYPOINTS]
+            results.append(Pose(landmarks, float(certain[FACE_KEYPOINTS].mean())))
         return results
 
-    def run_once(self, frames: Sequence[UInt8Array]) -> None:
-        """Run both networks over `frames`, whether they show a face or not, so that the first job finds them warm."""
-        pictures = [Picture(None, bgr=frame) for frame in frames]
+    def run_once(self, pictures: Sequence[Picture]) -> None:
+        """Run both networks over `pictures`, with a face or without, so that the first job finds them warm."""
         self.detect(pictures)
         self.poses(pictures)
 
@@ -426,71 +441,3 @@ def fixed_face(face_box: tuple[int, int, int, int], width: int, height: int) -> 
             field="params.face_box",
         )
     return Face(box, None, 1.0)
-
-
-# -- over time --------------------------------------------------------------------------------------------------------
-
-
-# A Gaussian ends here, in sigmas (scipy's own choice).
-_GAUSSIAN_REACH = 4.0
-
-
-def fill_gaps(faces: Sequence[Face | None], max_gap: int) -> list[Face | None]:
-    """Interpolate gaps of at most `max_gap` frames between two found faces; longer ones and the ends stay None."""
-    filled = list(faces)
-    previous: int | None = None
-    for index, face in enumerate(faces):
-        if face is None:
-            continue
-        if previous is not None and 1 < index - previous <= max_gap + 1:
-            before = faces[previous]
-            assert before is not None
-            for between in range(previous + 1, index):
-                filled[between] = _between(before, face, between - previous, index - previous)
-        previous = index
-    return filled
-
-
-def _between(first: Face, second: Face, step: int, n_steps: int) -> Face:
-    # Halves go up, in whole numbers: rounding to even can leave a box of 1 px with none.
-    edges = [
-        (2 * (a * (n_steps - step) + b * step) + n_steps) // (2 * n_steps)
-        for a, b in zip(first.box, second.box, strict=True)
-    ]
-    landmarks = None
-    if first.landmarks is not None and second.landmarks is not None:
-        landmarks = first.landmarks + (second.landmarks - first.landmarks) * np.float32(step / n_steps)
-    return Face(Box(*edges), landmarks, min(first.score, second.score))
-
-
-def smoothing_reach(sigma_frames: float) -> int:
-    """Frames before and behind one that its smoothed box depends on."""
-    return int(_GAUSSIAN_REACH * sigma_frames + 0.5) if sigma_frames > 0 else 0
-
-
-def smooth_boxes(faces: Sequence[Face | None], sigma_frames: float) -> list[Face | None]:
-    """Boxes averaged over time with a Gaussian, each unbroken run for itself; 0 leaves all as it is.
-
-    A run's ends repeat their outermost box, so a face that does not move keeps its box exactly.
-    """
-    smoothed = list(faces)
-    if sigma_frames <= 0:
-        return smoothed
-    first = 0
-    while first < len(faces):
-        if faces[first] is None:
-            first += 1
-            continue
-        last = first
-        run: list[Face] = []
-        while last < len(faces) and (face := faces[last]) is not None:
-            run.append(face)
-            last += 1
-        edges = np.array([face.box for face in run], np.float64)
-        means = np.floor(
-            gaussian_filter1d(edges, sigma_frames, axis=0, mode="nearest", truncate=_GAUSSIAN_REACH) + 0.5
-        ).astype(int)
-        for offset, (face, row) in enumerate(zip(run, means, strict=True)):
-            smoothed[first + offset] = replace(face, box=Box(*(int(edge) for edge in row)))
-        first = last
-    return smoothed

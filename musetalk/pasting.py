@@ -14,7 +14,7 @@ from musetalk.avatars import PreparedFace
 from musetalk.blending import PastePlan, paste_planes
 from musetalk.detail import paste_detailed
 from musetalk.device_detail import paste_regions_detailed
-from musetalk.device_pixels import can_paste, is_inside, paste_regions
+from musetalk.device_pixels import can_paste, paste_regions
 from musetalk.devices import sent
 from musetalk.frames import Matrix, Planes, UInt8Array
 
@@ -27,11 +27,6 @@ def paste(planes: Planes, plan: PastePlan, patch: UInt8Array, matrix: Matrix, de
         paste_detailed(planes, plan, patch, matrix, detail)
     else:
         paste_planes(planes, plan, patch, matrix)
-
-
-def can_paste_all(faces: Faces, detail: float) -> bool:
-    """Whether `device_paste` serves these faces: detail is given back where no pixel beside the patch is needed."""
-    return detail == 0 or all(can_paste(face.plan) and is_inside(face.plan) for _, face in faces)
 
 
 def device_paste(

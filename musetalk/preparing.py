@@ -25,8 +25,8 @@ from musetalk.blending import colour_band, crop_for_parsing
 from musetalk.device_pixels import crop_patches
 from musetalk.errors import CancelledError, NoFaceError
 from musetalk.face_search import FIND_BATCH, FaceSearch, FrameSearch, interval_for, start_search
-from musetalk.face_track import FaceTrack
-from musetalk.faces import Face, fixed_face, smoothing_reach
+from musetalk.face_track import FaceTrack, smoothing_reach
+from musetalk.faces import Face, fixed_face
 from musetalk.frame_store import FrameStore
 from musetalk.frames import Planes, UInt8Array, planes_to_bgr
 from musetalk.generator import crop_patch, to_bgr

@@ -36,7 +36,7 @@ from musetalk.geometry import Box, median_box
 from musetalk.models import Models
 from musetalk.options import RenderOptions
 from musetalk.output_geometry import OutputPlan, parse_request, plan_output
-from musetalk.pasting import can_paste_all, device_paste, paste
+from musetalk.pasting import device_paste, paste
 from musetalk.preparing import Record, SourcePreparer
 from musetalk.restoration import SteadyRestoration
 from musetalk.silence import quiet_spans, speech_weights
@@ -429,7 +429,7 @@ class RenderSession:
         generator, restore = self.models.generator, self._restoration
         # Where colours are matched to the source, the CPU does it, and pastes.
         is_matched = any(face.band is not None or face.original is not None for _, face in faces)
-        if is_matched or not self.options.device_pixels or not can_paste_all(faces, self.options.detail):
+        if is_matched or not self.options.device_pixels:
             return _Part(generator.start(latents, windows, restore), False, [True] * len(faces))
         finish, is_shown = device_paste(faces, self._source.colour.matrix, self.options.detail, restore)
         return _Part(generator.start(latents, windows, finish), True, is_shown)

@@ -147,10 +147,12 @@ class SteadyRestoration:
     def _steadied(self, patches: Tensor, added: Tensor) -> Tensor:
         before, mean, steadied = self._patch, self._added, []
         for patch, addition in zip(patches, added, strict=True):
-            if before is None or mean is None or not bool(torch.isfinite(mean).all()):
+            if before is None or mean is None:
                 mean = addition
             else:
-                mean = mean + self._share(patch, before, addition.shape[-1]) * (addition - mean)
+                moved = mean + self._share(patch, before, addition.shape[-1]) * (addition - mean)
+                # Chosen on the device: reading the answer here would wait for every frame.
+                mean = torch.where(torch.isfinite(mean).all(), moved, addition)
             before = patch
             steadied.append(mean)
         # Kept only here: a batch that did not fit into memory is computed again.

@@ -18,11 +18,13 @@ from musetalk.acceleration import Acceleration, accelerator, frames_that_fit
 from musetalk.audio import ENCODER_BATCH, OVERLAP_DIVISOR, SAMPLE_RATE, audio_windows
 from musetalk.batches import Batches
 from musetalk.blending import PastePlan
+from musetalk.device_input import square_pictures
 from musetalk.device_pixels import crop_patches, paste_regions
 from musetalk.devices import gpu_errors
+from musetalk.face_parsing import PARSE_PX, FaceParser
 from musetalk.face_search import FIND_BATCH
 from musetalk.faces import PoseFaceFinder
-from musetalk.frames import Planes, UInt8Array, black_planes
+from musetalk.frames import Picture, Planes, UInt8Array, black_planes
 from musetalk.geometry import Box, blend_box
 from musetalk.models import Models
 
@@ -44,7 +46,7 @@ def warm_up(models: Models, batch_size: int, acceleration: Acceleration = "none"
     with gpu_errors():
         if models.device.type == "cuda":
             return _warm_up_gpu(models, batch_size, acceleration)
-        _find_faces(models, [np.zeros((*_CPU_SIZE, 3), dtype=np.uint8)])
+        _find_faces(models, [Picture(None, bgr=np.zeros((*_CPU_SIZE, 3), dtype=np.uint8))])
         crops = _crops(1, models.generator.crop_px)
         latents = models.generator.encode(crops)
         models.generator.generate(latents, _windows(models, 1))
@@ -61,7 +63,7 @@ def _warm_up_gpu(models: Models, batch_size: int, acceleration: Acceleration) ->
     audio.features(np.zeros(int(n_samples), dtype=np.float32))
     audio.silent_window()
     windows = _windows(models, batch_size)
-    _find_faces(models, [np.zeros((*_TYPICAL_SIZE, 3), dtype=np.uint8)] * FIND_BATCH)
+    _find_faces(models, [Picture(_typical_frame(), "bt709") for _ in range(FIND_BATCH)])
     batches = Batches(batch_size)
     batches.run(lambda part: _run_chunk(models, windows[part]), batch_size)
     generator.decode_batch = _decode_batch(models, batches.size)
@@ -80,12 +82,21 @@ def _windows(models: Models, count: int) -> Tensor:
     return audio_windows(features, 0, 1, Fraction(25)).expand(count, -1, -1)
 
 
-def _find_faces(models: Models, frames: Sequence[UInt8Array]) -> None:
+def _find_faces(models: Models, pictures: Sequence[Picture]) -> None:
     """Run the finder's networks; on empty frames `find` would leave out the one that looks at faces."""
     if isinstance(models.faces, PoseFaceFinder):
-        models.faces.run_once(frames)
+        models.faces.run_once(pictures)
     else:
-        models.faces.find(frames)
+        models.faces.find([picture.bgr for picture in pictures])
+
+
+def _parse(models: Models, frames: Sequence[Planes], boxes: Sequence[Box]) -> None:
+    """Run the parser as a job does: its pictures are made on the GPU too."""
+    if isinstance(models.parser, FaceParser):
+        squares = [blend_box(box) for box in boxes]
+        models.parser.classes(square_pictures(frames, squares, PARSE_PX, "bt709", models.device))
+    else:
+        models.parser.labels(list(_crops(len(boxes), models.generator.crop_px)))
 
 
 def _crops(count: int, side: int) -> UInt8Array:
@@ -115,7 +126,7 @@ def _run_chunk(models: Models, windows: Tensor) -> None:
     with torch.cuda.stream(models.preparing_stream):
         crops = crop_patches(frames, boxes, generator.crop_px, "bt709", models.device)
         latents = generator.encode(crops).cpu()
-        models.parser.labels(list(_crops(n_frames, generator.crop_px)))
+        _parse(models, frames, boxes)
     plans = [_plan(box) for box in boxes]
     generator.start(latents, windows, lambda levels: paste_regions(levels, plans, frames, "bt709")).result()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from musetalk import faces
+from musetalk import face_parsing, faces
 from musetalk.blending import face_mask
 from musetalk.geometry import Box
 from musetalk.networks.bisenet import BiseNet
@@ -53,12 +53,12 @@ def check_faceparse(path: Path) -> None:
     """Picture -> network input -> scores -> classes -> the three masks."""
     data = np.load(path)
     bgr = np.ascontiguousarray(data["image_rgb"][..., ::-1])
-    x = faces.parse_input(bgr)
+    x = face_parsing.parse_input(bgr)
     assert absolute(every(x, data["net_input"]), data["net_input"]) < 1e-5
     network = filled(BiseNet, int(data["seed"]), float(data["gain"]))
     logits = network(torch.from_numpy(x)[None])[0].numpy()
     assert relative(every(logits, data["logits_sub"]), data["logits_sub"]) < 1e-4
-    parser = faces.FaceParser(network, device=torch.device("cpu"), dtype=torch.float32)
+    parser = face_parsing.FaceParser(network, device=torch.device("cpu"), dtype=torch.float32)
     labels = parser.labels([bgr])[0]
     assert equal_share(labels, data["argmax"]) >= 0.999
     for mode in ("raw", "neck", "jaw"):

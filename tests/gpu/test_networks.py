@@ -76,7 +76,7 @@ def test_faces_are_searched_and_parsed_on_the_device(networks: Networks, card: C
 def test_the_warm_up_runs_every_network_in_the_shapes_of_a_job(
     networks: Networks, card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from musetalk import device_pixels
+    from musetalk import device_input, device_pixels
 
     models = networks.models(torch.float16)
     batches: dict[str, set[int]] = {name: set() for name in networks.parts()}
@@ -89,14 +89,16 @@ def test_the_warm_up_runs_every_network_in_the_shapes_of_a_job(
 
     handles = [watch(name, part) for name, part in networks.parts().items()]
     pixels: list[str] = []
-    for name in ("_lanczos", "_mixed"):
-        usual = getattr(device_pixels, name)
+    cut_and_pasted = dict.fromkeys(("_lanczos", "_mixed"), device_pixels)
+    seen_by_networks = dict.fromkeys(("_doubled", "_sampling", "_pillow"), device_input)
+    for name, module in (cut_and_pasted | seen_by_networks).items():
+        usual = getattr(module, name)
 
         def spy(*args: object, name: str = name, usual: object = usual) -> object:
             pixels.append(name)
             return usual(*args)  # type: ignore[operator]
 
-        monkeypatch.setattr(device_pixels, name, spy)
+        monkeypatch.setattr(module, name, spy)
     monkeypatch.setattr("musetalk.acceleration._WARM_UP_ROUNDS", 1)
     card.by_stream.clear()
     assert warm_up(models, BATCH, "graphs") == BATCH
@@ -106,18 +108,21 @@ def test_the_warm_up_runs_every_network_in_the_shapes_of_a_job(
     assert batches["whisper"] == {1, 4}
     assert BATCH in batches["unet"]
     assert 2 * BATCH in batches["pose"], "the mirrored pictures go with them"
-    assert set(pixels) == {"_lanczos", "_mixed"}, "cutting and pasting on the device"
+    assert set(pixels) == cut_and_pasted.keys() | seen_by_networks.keys(), "pixels that a job makes on the device"
     assert card.by_stream.get(models.preparing_stream, 0) > 100, "sources are prepared on a stream of their own"
     assert (models.generator.fixed_batch, models.generator.decode_batch) == (BATCH, BATCH)
 
 
-def test_cutting_and_pasting_wait_for_nothing(card: Card) -> None:
+@pytest.mark.parametrize("detail", [0.0, 1.0])
+def test_cutting_and_pasting_wait_for_nothing(card: Card, detail: float) -> None:
     from musetalk.blending import PastePlan
+    from musetalk.device_detail import paste_regions_detailed
     from musetalk.device_pixels import crop_patches, paste_regions
     from musetalk.frames import black_planes
     from musetalk.geometry import blend_box
 
-    boxes = [Box(501, 201, 760, 500), Box(500, 200, 760, 500)]
+    # Of different sizes, so that their detail has different filters.
+    boxes = [Box(500, 200, 760, 500), Box(300, 100, 900, 700)] if detail else [Box(501, 201, 760, 500)] * 2
     frames = [black_planes(1280, 720)] * 2
     plans = [
         PastePlan.prepare(
@@ -128,6 +133,10 @@ def test_cutting_and_pasting_wait_for_nothing(card: Card) -> None:
     first = len(card.waits)
     assert tuple(crop_patches(frames, boxes, 256, "bt709", DEVICE).shape) == (2, 256, 256, 3)
     patches = torch.empty(2, 256, 256, 3, dtype=torch.uint8, device=DEVICE)
-    packed = paste_regions(patches, plans, frames, "bt709")
-    assert (tuple(packed.shape), packed.dtype) == ((2, 450, 260), torch.uint8)
+    if detail:
+        packed = paste_regions_detailed(patches, plans, frames, "bt709", detail)
+    else:
+        packed = paste_regions(patches, plans, frames, "bt709")
+    height, width = (max(getattr(plan.region, side) for plan in plans) for side in ("height", "width"))
+    assert (tuple(packed.shape), packed.dtype) == ((2, height * 3 // 2, width), torch.uint8)
     assert card.waits[first:] == []

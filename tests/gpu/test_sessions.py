@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from musetalk.acceleration import accelerator
 from musetalk.avatars import AvatarCache
@@ -16,6 +17,7 @@ from musetalk.geometry import Box
 from musetalk.models import Models
 from musetalk.options import version_defaults
 from musetalk.render import RenderSession, RenderSummary
+from musetalk.restoration import Restorer
 from tests.support.pretended_card import Card, Wait
 from tests.support.pretended_models import KnownFaces, Networks, build_networks
 from tests.support.rendering import SOUND, make_source, write_speech
@@ -90,20 +92,26 @@ def run(
         return session.finish()
 
 
+def doubled(pictures: torch.Tensor) -> torch.Tensor:
+    """A restorer's network: pictures (n, 3, h, w) at twice the size."""
+    return functional.interpolate(pictures, scale_factor=2)
+
+
 @pytest.mark.parametrize(
-    ("version", "dtype", "is_captured", "silence"),
+    ("version", "dtype", "is_captured", "silence", "finer"),
     [
-        ("v15", torch.float16, True, "closed"),
-        ("v1", torch.bfloat16, True, "source"),
-        ("v15", torch.float32, False, "generate"),
+        ("v15", torch.float16, True, "closed", False),
+        ("v1", torch.bfloat16, True, "source", False),
+        ("v15", torch.float32, False, "generate", True),
     ],
-    ids=["v15 float16 graphs", "v1 bfloat16 graphs", "v15 float32 plain"],
+    ids=["v15 float16 graphs", "v1 bfloat16 graphs", "v15 float32 plain, restored, with detail"],
 )
 def test_a_whole_video_on_the_card(
     version: Any,
     dtype: torch.dtype,
     is_captured: bool,
     silence: Any,
+    finer: bool,
     networks: Networks,
     files: tuple[Path, Path],
     seen: Seen,
@@ -113,6 +121,10 @@ def test_a_whole_video_on_the_card(
 ) -> None:
     models = networks.models(dtype, version)
     models = replace(models, faces=KnownFaces(models.faces, FACE))
+    options: dict[str, Any] = {"silence": silence}
+    if finer:
+        models = replace(models, restorer=Restorer("doubling", doubled, lambda side: side, models.device))
+        options |= {"detail": 1.0, "restore": 1.0}
     if is_captured:
         monkeypatch.setattr("musetalk.acceleration._WARM_UP_ROUNDS", 1)
         latents = torch.zeros(BATCH, *models.generator.latent_shape, dtype=dtype, device=models.device)
@@ -120,7 +132,7 @@ def test_a_whole_video_on_the_card(
         models.generator.fixed_batch = BATCH
         models.generator.accelerate(accelerator("graphs", latents, windows))
     cache = AvatarCache(None, memory_bytes=2**30, disk_bytes=0)
-    new = run(models, files, tmp_path / "new.mp4", seen, card, cache, silence=silence)
+    new = run(models, files, tmp_path / "new.mp4", seen, card, cache, **options)
     assert new.n_frames == N_FRAMES
     assert seen.waits_in_launches == [], "the host waited for the card inside a launch"
     assert seen.pasted["cpu"] == 0, "frames were pasted on the CPU"
@@ -132,7 +144,7 @@ def test_a_whole_video_on_the_card(
         return
     # The same source again: everything is prepared, and little crosses the bus.
     seen.encoded_on.clear()
-    prepared = run(models, files, tmp_path / "prepared.mp4", seen, card, cache, silence=silence)
+    prepared = run(models, files, tmp_path / "prepared.mp4", seen, card, cache, **options)
     assert prepared.n_reused == 20
     assert seen.encoded_on == set()
     assert seen.streams[0] is seen.streams[1], "every job would keep memory on a stream of its own"

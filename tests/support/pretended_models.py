@@ -14,7 +14,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from benchmarks import networks as sizes
 from musetalk.audio import AudioEncoder
-from musetalk.faces import Face, FaceFinder, FaceParser, PoseFaceFinder
+from musetalk.face_parsing import FaceParser
+from musetalk.faces import Face, FaceFinder, PoseFaceFinder
 from musetalk.frames import UInt8Array
 from musetalk.generator import Generator
 from musetalk.geometry import Box
@@ -71,9 +72,9 @@ def build_networks() -> Networks:
     """Networks on the device, without numbers; takes some seconds."""
     with torch.device(DEVICE):
         return Networks(
-            unet=UNet2DConditionModel(**sizes._UNET),
-            vae=AutoencoderKL(**sizes._VAE),
-            whisper=WhisperEncoder(WhisperConfig(**sizes._WHISPER)),
+            unet=UNet2DConditionModel(**sizes.OFFICIAL_UNET),
+            vae=AutoencoderKL(**sizes.OFFICIAL_VAE),
+            whisper=WhisperEncoder(WhisperConfig(**sizes.OFFICIAL_WHISPER)),
             detector=S3fd().to(FACE_DTYPE).eval(),
             pose=RtmPose().to(FACE_DTYPE).eval(),
             parsing=BiseNet().to(FACE_DTYPE).eval(),

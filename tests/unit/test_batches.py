@@ -19,10 +19,17 @@ from musetalk.audio import ENCODER_BATCH, AudioEncoder
 from musetalk.batches import Batches, queue_depth
 from musetalk.errors import OutOfMemoryError
 from musetalk.faces import PoseFaceFinder
+from musetalk.frames import Picture
 from musetalk.generator import Generator
 from tests.support.small_generators import CPU, build_vae, inputs, overflowing_unet, small_generator
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+FULL_MEMORY = [
+    FULL,
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+]
 
 
 class Card:
@@ -51,9 +58,7 @@ def plain(step: Step) -> Step:
 
 
 @pytest.mark.parametrize("faster", [None, plain], ids=["plain", "graph"])
-@pytest.mark.parametrize(
-    "error", [FULL, RuntimeError("CUDA error: out of memory"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")]
-)
+@pytest.mark.parametrize("error", FULL_MEMORY, ids=str)
 def test_after_the_memory_ran_out_smaller_batches_are_computed(
     faster: Callable[[Step], Step] | None, error: RuntimeError
 ) -> None:
@@ -232,26 +237,55 @@ def test_the_other_thread_reads_no_weights_that_are_still_on_their_way() -> None
 class SmallDetector(torch.nn.Module):
     """Sees no face; more pixels in one pass than fit fail."""
 
-    def __init__(self, fits_px: int) -> None:
+    def __init__(self, fits_px: int, error: RuntimeError = FULL) -> None:
         super().__init__()
-        self.fits_px = fits_px
+        self.fits_px, self.error = fits_px, error
         self.passes: list[int] = []
 
     def forward(self, frames: Tensor) -> list[Tensor]:
         n_frames, _, height, width = frames.shape
         self.passes.append(n_frames)
         if n_frames * height * width > self.fits_px:
-            raise FULL
+            raise self.error
         no_face = torch.tensor([9.0, -9.0])[None, :, None, None].repeat(n_frames, 1, 1, 1)
         return [no_face, torch.zeros(n_frames, 4, 1, 1)] * 6
 
 
-def finder(detector: torch.nn.Module) -> PoseFaceFinder:
-    return PoseFaceFinder(torch.nn.Identity(), detector, device=CPU, dtype=torch.float32)
+class SmallPose(torch.nn.Module):
+    """Sees nothing; more pictures in one pass than fit, each with its mirrored one, fail."""
+
+    def __init__(self, fits: int, error: RuntimeError) -> None:
+        super().__init__()
+        self.fits, self.error = fits, error
+        self.passes: list[int] = []
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        n_pictures = len(pictures) // 2
+        self.passes.append(n_pictures)
+        if n_pictures > self.fits:
+            raise self.error
+        return torch.zeros(2 * n_pictures, 133, 576), torch.zeros(2 * n_pictures, 133, 768)
 
 
-def test_the_face_search_takes_fewer_frames_at_once_when_memory_runs_out() -> None:
-    detector = SmallDetector(3 * 40 * 60)
+def finder(detector: torch.nn.Module, pose: torch.nn.Module | None = None) -> PoseFaceFinder:
+    return PoseFaceFinder(pose or torch.nn.Identity(), detector, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("error", FULL_MEMORY, ids=str)
+def test_landmarks_are_looked_for_in_fewer_frames_at_once_when_memory_runs_out(error: RuntimeError) -> None:
+    pose = SmallPose(3, error)
+    searching = finder(torch.nn.Identity(), pose)
+    pictures = [Picture(None, bgr=np.zeros((40, 60, 3), np.uint8))] * 8
+    assert len(searching.poses(pictures)) == 8
+    assert pose.passes == [8, 4, 2, 2, 2, 2]
+    pose.fits = 0
+    with pytest.raises(OutOfMemoryError):
+        searching.poses(pictures)
+
+
+@pytest.mark.parametrize("error", FULL_MEMORY, ids=str)
+def test_the_face_search_takes_fewer_frames_at_once_when_memory_runs_out(error: RuntimeError) -> None:
+    detector = SmallDetector(3 * 40 * 60, error)
     searching = finder(detector)
     frames: list[NDArray[np.uint8]] = [np.zeros((40, 60, 3), np.uint8)] * 8
     assert searching.find(frames) == [None] * 8

@@ -200,6 +200,7 @@ def chunks(draw: st.DrawFn) -> list[tuple[Box, int]]:
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @settings(deadline=None, max_examples=25)
 @example(chunk=[(Box(0, 0, 24, 70), 0), (Box(0, 0, 24, 24), 0)], strength=0.3)
+@example(chunk=[(Box(31, 33, 80, 84), 0), (Box(31, 33, 140, 164), 1)], strength=1.0)
 @given(chunk=chunks(), strength=st.sampled_from([0.3, 1.0]))
 def test_a_device_pastes_the_same_detail(device: torch.device, chunk: list[tuple[Box, int]], strength: float) -> None:
     rng = np.random.default_rng(chunk[0][1])

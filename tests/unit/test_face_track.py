@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from musetalk.face_track import FaceTrack
-from musetalk.faces import Face, fill_gaps, smooth_boxes, smoothing_reach
+from musetalk.face_track import FaceTrack, fill_gaps, smooth_boxes, smoothing_reach
+from musetalk.faces import Face
 from musetalk.geometry import Box
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from musetalk import faces
+from musetalk import face_parsing, face_track, faces
 from musetalk.errors import MediaError, ProcessingError
 from musetalk.faces import Face
 from musetalk.geometry import Box
@@ -555,7 +555,7 @@ def lies_inside(box: Box) -> bool:
 @given(tracks, st.integers(0, 5))
 @settings(max_examples=80, deadline=None)
 def test_only_short_gaps_between_faces_are_filled(track: list[Face | None], max_gap: int) -> None:
-    filled = faces.fill_gaps(track, max_gap)
+    filled = face_track.fill_gaps(track, max_gap)
     assert len(filled) == len(track)
     for index, (face, was) in enumerate(zip(filled, track, strict=True)):
         if was is not None:
@@ -579,7 +579,7 @@ def test_only_short_gaps_between_faces_are_filled(track: list[Face | None], max_
 
 def test_landmarks_are_interpolated_too() -> None:
     zeros, nines = (Face(Box(0, 0, 9, 9), np.full((68, 2), value, np.float32), 0.9) for value in (0, 9))
-    filled = faces.fill_gaps([zeros, None, None, nines], 2)
+    filled = face_track.fill_gaps([zeros, None, None, nines], 2)
     values = [face.landmarks[0, 0] for face in filled if face is not None and face.landmarks is not None]
     assert values == pytest.approx([0, 3, 6, 9])
     assert all(
@@ -590,7 +590,7 @@ def test_landmarks_are_interpolated_too() -> None:
 @given(tracks, st.floats(0.1, 20))
 @settings(max_examples=80, deadline=None)
 def test_smoothing_keeps_boxes_in_the_frame_and_gaps_empty(track: list[Face | None], sigma: float) -> None:
-    smoothed = faces.smooth_boxes(track, sigma)
+    smoothed = face_track.smooth_boxes(track, sigma)
     assert [face is None for face in smoothed] == [face is None for face in track]
     for face, was in zip(smoothed, track, strict=True):
         if face is not None and was is not None:
@@ -602,18 +602,20 @@ def test_smoothing_keeps_boxes_in_the_frame_and_gaps_empty(track: list[Face | No
 @given(some_faces(), st.integers(1, 30), st.floats(0.1, 50))
 @settings(max_examples=40, deadline=None)
 def test_a_face_that_does_not_move_keeps_its_box(face: Face, length: int, sigma: float) -> None:
-    assert [smoothed.box for smoothed in faces.smooth_boxes([face] * length, sigma) if smoothed] == [face.box] * length
+    assert [smoothed.box for smoothed in face_track.smooth_boxes([face] * length, sigma) if smoothed] == [
+        face.box
+    ] * length
 
 
 def test_sigma_zero_is_the_identity() -> None:
     track = [Face(Box(index % 3, 0, 10, 10), None, 1.0) for index in range(9)]
-    assert faces.smooth_boxes(track, 0) == track
+    assert face_track.smooth_boxes(track, 0) == track
 
 
 def test_smoothing_is_the_gaussian_mean_of_the_run() -> None:
     lefts, sigma = [0, 100, 20, 60, 61, 62, 10], 1.0
     track = [Face(Box(left, 0, 500, 10), None, 1.0) for left in lefts]
-    smoothed = faces.smooth_boxes(track, sigma)
+    smoothed = face_track.smooth_boxes(track, sigma)
     for index, face in enumerate(smoothed):
         reach = range(index - 4, index + 5)
         weights = [math.exp(-((other - index) ** 2) / (2 * sigma**2)) for other in reach]
@@ -627,7 +629,7 @@ def test_smoothing_is_the_gaussian_mean_of_the_run() -> None:
 def test_runs_on_both_sides_of_a_gap_do_not_touch_each_other() -> None:
     near, far = Face(Box(0, 0, 10, 10), None, 1.0), Face(Box(20, 20, 40, 30), None, 1.0)
     track = [near] * 4 + [None] + [far] * 4
-    assert faces.smooth_boxes(track, 3.0) == track
+    assert face_track.smooth_boxes(track, 3.0) == track
 
 
 def test_smoothing_takes_the_jitter_out_of_a_still_face() -> None:
@@ -635,7 +637,7 @@ def test_smoothing_takes_the_jitter_out_of_a_still_face() -> None:
     track = [Face(Box(100 + int(dx), 50, 200 + int(dx), 150), None, 1.0) for dx in random.randint(-4, 5, 100)]
     steps = [
         np.abs(np.diff([face.box.x0 for face in boxes if face])).mean()
-        for boxes in (track, faces.smooth_boxes(track, 3.0))
+        for boxes in (track, face_track.smooth_boxes(track, 3.0))
     ]
     assert steps[1] < steps[0] / 4
 
@@ -646,7 +648,7 @@ def test_smoothing_takes_the_jitter_out_of_a_still_face() -> None:
 @pytest.mark.parametrize("side", [1, 30, 512, 700])
 def test_a_crop_is_resized_by_pillow_and_normalised(side: int) -> None:
     crop = random_frame(side, side)
-    x = faces.parse_input(crop)
+    x = face_parsing.parse_input(crop)
     resized = np.asarray(Image.fromarray(crop).resize((512, 512), Image.Resampling.BILINEAR), np.float64)[..., ::-1]
     wanted = (resized / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     assert x.dtype == np.float32
@@ -689,8 +691,8 @@ def test_no_crops_give_no_labels() -> None:
     assert labels.dtype == np.uint8
 
 
-def build_parser(network: nn.Module) -> faces.FaceParser:
-    return faces.FaceParser(network, device=CPU, dtype=torch.float32)
+def build_parser(network: nn.Module) -> face_parsing.FaceParser:
+    return face_parsing.FaceParser(network, device=CPU, dtype=torch.float32)
 
 
 def test_nothing_is_recorded_for_gradients() -> None:

@@ -62,6 +62,17 @@ def test_chunks_give_the_same_as_the_whole() -> None:
     assert torch.equal(whole(patches), torch.cat([parts(patches[:2]), parts(patches[2:])]))
 
 
+def test_a_patch_that_is_no_number_does_not_spoil_those_behind_it() -> None:
+    broken = iter([True, False])
+
+    def network(pictures: torch.Tensor) -> torch.Tensor:
+        return pictures * torch.nan if next(broken) else pictures + 0.2
+
+    steady = SteadyRestoration(Restorer("broken once", network, lambda side: side, CPU), 1.0)
+    steady(still_patches(1))
+    assert int(steady(still_patches(1)).float().mean()) == pytest.approx(120 + 51, abs=1)
+
+
 def test_strength_blends_between_patch_and_restored() -> None:
     white = Restorer("white", torch.ones_like, lambda side: side, CPU)
     half = SteadyRestoration(white, 0.5)(still_patches(1))
