@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from musetalk.errors import SettingsError
 from worker.config import bind_addresses, exposure_problem, load_settings, port_problem
 from worker.process_variables import card_of_process, is_started_by_script, limit_spinning
-from worker.telemetry import add_to_every_line
+from worker.telemetry import add_to_every_line, gunicorn_logging
 
 try:
     _settings = load_settings()
@@ -48,15 +48,7 @@ control_socket_disable = True
 accesslog = None
 errorlog = "-"
 loglevel = "info"
-# Gunicorn logs in the same JSON format.
-logconfig_dict = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"json": {"()": "worker.telemetry.JsonFormatter"}},
-    "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
-    "root": {"level": "WARNING", "handlers": ["stdout"]},
-    "loggers": {"gunicorn.error": {"level": "INFO", "handlers": ["stdout"], "propagate": False}},
-}
+logconfig_dict = gunicorn_logging("INFO")
 
 # The parent sends this to the worker after a second SIGTERM.
 _ABORT = signal.SIGUSR2

@@ -28,7 +28,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.material import background
-from benchmarks.networks import _UNET, _VAE
+from benchmarks.networks import OFFICIAL_UNET, OFFICIAL_VAE
 from musetalk import faces
 from musetalk.blending import PastePlan, crop_for_parsing, face_mask, soft_mask
 from musetalk.device_input import square_pictures, upload_planes, warped_bgr
@@ -81,8 +81,8 @@ class Networks:
     def __init__(self) -> None:
         with META:
             self.detector, self.pose, self.parser = S3fd().eval(), RtmPose().eval(), BiseNet().eval()
-            self.unet = UNet2DConditionModel(**_UNET).eval()
-            self.vae = AutoencoderKL(**_VAE).eval()
+            self.unet = UNet2DConditionModel(**OFFICIAL_UNET).eval()
+            self.vae = AutoencoderKL(**OFFICIAL_VAE).eval()
 
     def detect(self, size: tuple[int, int]) -> float:
         """GFLOP of the detector on one picture."""
@@ -283,7 +283,7 @@ def costs(size: tuple[int, int], face: tuple[int, int], n_frames: int) -> list[C
     networks, material = Networks(), Material(size, face)
     others = networks.others()
     looked, checked = looks_per_frame(material.planes, material.box, n_frames)
-    share = faces._CHECKED_FACE_PX / max(face)
+    share = faces.CHECKED_FACE_PX / max(face)
     small = round(size[0] * share), round(size[1] * share)
     mib = 2**20
     planes_mib, bgr_mib = size[0] * size[1] * 1.5 / mib, size[0] * size[1] * 3 / mib

@@ -33,7 +33,7 @@ from musetalk.models import FACE_DTYPE, Models, load_models
 from musetalk.networks.bisenet import BiseNet
 from worker.config import ROOT
 
-_UNET = {
+OFFICIAL_UNET = {
     "sample_size": 64,
     "in_channels": 8,
     "out_channels": 4,
@@ -44,7 +44,7 @@ _UNET = {
     "cross_attention_dim": 384,
     "attention_head_dim": 8,
 }
-_VAE = {
+OFFICIAL_VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -52,7 +52,7 @@ _VAE = {
     "layers_per_block": 2,
     "sample_size": 256,
 }
-_WHISPER = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}
+OFFICIAL_WHISPER = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}
 _SMALL_UNET = {"block_out_channels": [8, 8, 8, 8], "cross_attention_dim": 32, "attention_head_dim": 2}
 # Crops of 64 px instead of 256.
 _SMALL_VAE = {"block_out_channels": [4, 4, 4, 4], "norm_num_groups": 2, "layers_per_block": 1, "sample_size": 64}
@@ -73,9 +73,11 @@ def build(size: Size, device: torch.device, dtype: torch.dtype) -> Models:
         return load_models(ROOT / "demo/models", "demo", device=device, dtype=dtype)
     torch.manual_seed(1)
     small = size == "tiny"
-    unet = UNet2DConditionModel(**{**_UNET, **(_SMALL_UNET if small else {}), "norm_num_groups": 4 if small else 32})
-    vae = AutoencoderKL(**{**_VAE, **(_SMALL_VAE if small else {})})
-    whisper = WhisperEncoder(WhisperConfig(**{**_WHISPER, **(_SMALL_WHISPER if small else {})}))
+    unet = UNet2DConditionModel(
+        **{**OFFICIAL_UNET, **(_SMALL_UNET if small else {}), "norm_num_groups": 4 if small else 32}
+    )
+    vae = AutoencoderKL(**{**OFFICIAL_VAE, **(_SMALL_VAE if small else {})})
+    whisper = WhisperEncoder(WhisperConfig(**{**OFFICIAL_WHISPER, **(_SMALL_WHISPER if small else {})}))
     parser: Any = JawParser()
     if not small:
         bisenet = BiseNet().to(device, FACE_DTYPE).eval().requires_grad_(False)

@@ -79,7 +79,7 @@ ALLOWED: dict[str, set[str]] = {
     "worker/cli/cards": {*BASE, "musetalk/cores", "worker/config", "worker/process_variables"},
     "worker/cli/fleet": {"worker/config", "worker/process_variables"},
     "worker/cli/summary": {*BASE, "worker/config", "worker/jobs", "worker/web/callers"},
-    "worker/cli/summary_conf": {"worker/config"},
+    "worker/cli/summary_conf": {"worker/config", "worker/telemetry"},
     # Runs alone while the image is built.
     "worker/cli/salad_binary": set(),
     "worker/cli/tasks": {*BASE, "musetalk/output_geometry", "worker/jobs"},

@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from musetalk.errors import MediaError
 from worker.config import ROOT
@@ -55,6 +56,10 @@ SAMPLES: tuple[Sample, ...] = (
 class OwnFiles:
     """The samples, and the uploads that are kept in the work folder."""
 
+    # One for the process, however many uploads there are.
+    _timer: ClassVar[threading.Timer | None] = None
+    _timer_lock: ClassVar[threading.Lock] = threading.Lock()
+
     def __init__(self, work_dir: Path) -> None:
         self._work_dir = work_dir
 
@@ -91,11 +96,22 @@ class OwnFiles:
         """
         name = secrets.token_hex(16)
         folder.rename(self._work_dir / f"{_KEPT_PREFIX}{name}")
-        self.prune(max_bytes)
-        timer = threading.Timer(KEPT_S + 1, self.prune, (max_bytes,))
-        timer.daemon = True
-        timer.start()
+        self._prune_in_time(max_bytes)
         return f"upload:{name}"
+
+    def _prune_in_time(self, max_bytes: int) -> None:
+        """Remove what is too much now, and again each time when the oldest upload left has become too old."""
+        self.prune(max_bytes)
+        with self._timer_lock:
+            if OwnFiles._timer is not None:
+                OwnFiles._timer.cancel()
+                OwnFiles._timer = None
+            if not (kept := self._kept()):
+                return
+            wait_s = min(used for used, _ in kept) + KEPT_S - time.time()
+            OwnFiles._timer = threading.Timer(max(0.0, wait_s) + 1, self._prune_in_time, (max_bytes,))
+            OwnFiles._timer.daemon = True
+            OwnFiles._timer.start()
 
     def prune(self, max_bytes: int) -> None:
         """Remove uploads that are old, too many, or too large together; the newest one always stays."""

@@ -124,6 +124,19 @@ def _trace_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {_text(error).replace(str(ROOT), '.')} ({where})"
 
 
+def gunicorn_logging(level: str) -> dict[str, Any]:
+    """Gunicorn's `logconfig_dict`: its own lines from `level` on, in the JSON format of all others."""
+    handlers = ["stdout"]
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"json": {"()": JsonFormatter}},
+        "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
+        "root": {"level": "WARNING", "handlers": handlers},
+        "loggers": {"gunicorn.error": {"level": level, "handlers": handlers, "propagate": False}},
+    }
+
+
 def configure_logging(level: str, stream: TextIO = sys.stdout) -> None:
     """Send every log of the process as JSON lines to `stream`; safe to call twice.
 

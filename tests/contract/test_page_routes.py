@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,24 @@ def test_old_and_surplus_uploads_are_removed(make: Make, tmp_path: Path, monkeyp
     monkeypatch.setattr(own_files, "KEPT_S", -1.0)
     OwnFiles(tmp_path / "work").prune(2000)
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_an_upload_that_was_used_is_removed_an_hour_after_that_and_all_share_one_timer(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_files, "KEPT_S", 0.3)
+    client, _ = make()
+    n_before = sum(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+    for _ in range(3):
+        url = upload(client, source=b"x" * 600).get_json()["video_url"]
+    assert sum(isinstance(thread, threading.Timer) for thread in threading.enumerate()) <= n_before + 1
+    # Used later than the others: their turn comes first, then its own.
+    folder = tmp_path / "work" / f"job-kept-{url.removeprefix('upload:')}"
+    os.utime(folder, (time.time() + 1,) * 2)
+    deadline = time.monotonic() + 20
+    while list((tmp_path / "work").iterdir()):
+        assert time.monotonic() < deadline, "an upload stays for good"
+        time.sleep(0.05)
 
 
 # -- results --

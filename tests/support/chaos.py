@@ -26,6 +26,7 @@ from tests.support.fake_b2 import Fault as BucketFault
 from tests.support.fake_orchestrator import Answer, Call, FakeOrchestrator
 from tests.support.media_host import Answer as MediaAnswer
 from tests.support.media_host import MediaHost
+from tests.support.small_disk import write_until_full
 
 # A job without an outcome is given out again after this time, as orchestrators do with a worker that was lost.
 LEASE_S = 90.0
@@ -63,7 +64,6 @@ class Ledger:
         self.problems: list[str] = []
         self._make_job = make_job
         self._fields: dict[str, dict[str, Any]] = {}
-        self._rng = random.Random(5)
         self._lock = threading.Lock()
         orchestrator.faults.append(self._answer)
 
@@ -225,18 +225,10 @@ class Chaos:
         self._signal(process, signal.SIGCONT)
 
     def _fill_disk(self) -> None:
-        filler = self._work / "filler"
-        try:
-            with filler.open("wb", buffering=0) as file:
-                for size in (2**16, 1):
-                    try:
-                        while True:
-                            file.write(b"x" * size)
-                    except OSError:
-                        pass
-        finally:
-            time.sleep(self._rng.choice((0.5, 3.0, 8.0)))
-            filler.unlink(missing_ok=True)
+        # Uploads and results of the worker may end meanwhile, so the disk need not stay full.
+        filler = write_until_full(self._work)
+        time.sleep(self._rng.choice((0.5, 3.0, 8.0)))
+        filler.unlink(missing_ok=True)
 
     def _cut_media(self) -> None:
         for path, answers in self._host.answers.items():

@@ -30,13 +30,19 @@ def small_disk(folder: Path, *, mib: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def fill(folder: Path) -> Path:
-    """Write a file until nothing fits on the disk any more; return its path."""
+def write_until_full(folder: Path) -> Path:
+    """Write a file until nothing fits on the disk for a moment; return its path."""
     path = folder / "filler"
     with path.open("wb", buffering=0) as file:
         for size in (2**16, 1):
             with contextlib.suppress(OSError):
                 while True:
                     file.write(b"x" * size)
+    return path
+
+
+def fill(folder: Path) -> Path:
+    """Write a file until nothing fits on a disk that nobody else uses any more; return its path."""
+    path = write_until_full(folder)
     assert shutil.disk_usage(folder).free < 2**16
     return path

@@ -99,9 +99,6 @@ def joined(path: Path, parts: Sequence[Path]) -> Path:
     return path
 
 
-__all__ = ["Sound", "joined", "many_channels", "pcm_wav", "rewrite", "write_many", "write_sound"]
-
-
 def damaged(data: bytes, other: bytes, rng: random.Random) -> bytes:
     """The bytes cut, with bits turned, a stretch of zeros, doubled or missing, or joined to another file's."""
     spoiled = bytearray(data)
@@ -124,3 +121,6 @@ def damaged(data: bytes, other: bytes, rng: random.Random) -> bytes:
     else:
         spoiled[start:start] = spoiled[start:end]
     return bytes(spoiled) or b"\0"
+
+
+__all__ = ["Sound", "damaged", "joined", "many_channels", "pcm_wav", "rewrite", "write_many", "write_sound"]

@@ -205,7 +205,7 @@ def test_encoders_are_compared_on_the_same_pictures(tmp_path: Path) -> None:
     settings = {
         name: each
         for name, each in settings_to_compare(with_hardware=False, presets=("lean", "veryfast")).items()
-        if "1 thread" in name
+        if name.endswith(", 1 thread")
     }
     lean, usual = compare("small", frames, settings, tmp_path)
     assert (lean.name, usual.name) == ("x264 lean, 1 thread", "x264 veryfast, 1 thread")

@@ -31,6 +31,7 @@ _ANSWER_S = 5.0
 # An answer that is older says nothing.
 _FRESH_S = 10.0
 _MAX_ANSWER_BYTES = 10_000_000
+_UP = "musetalk_card_up"
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _SAMPLE = re.compile(r"([A-Za-z_:][\w:]*)(?:\{(.*)\})?( .+)")
 _KINDS: Mapping[int, type[RequestError]] = {401: UnauthorizedError, 404: NotFoundError, 405: MethodNotAllowedError}
@@ -163,15 +164,10 @@ def joined_metrics(texts: Iterable[tuple[str, str | None]]) -> str:
 
     All samples of a metric stand together behind its description, as the format demands.
     """
-    families: dict[str, list[str]] = {}
-    descriptions: dict[str, list[str]] = {}
-    up = descriptions["musetalk_card_up"] = [
-        "# HELP musetalk_card_up Whether the server of a card answered this scrape.",
-        "# TYPE musetalk_card_up gauge",
-    ]
-    assert up
+    families: dict[str, list[str]] = {_UP: []}
+    descriptions = {_UP: [f"# HELP {_UP} Whether the server of a card answered this scrape.", f"# TYPE {_UP} gauge"]}
     for card, text in texts:
-        families.setdefault("musetalk_card_up", []).append(f'musetalk_card_up{{card="{card}"}} {int(text is not None)}')
+        families[_UP].append(f'{_UP}{{card="{card}"}} {int(text is not None)}')
         family = ""
         for line in (text or "").splitlines():
             if line.startswith(("# HELP ", "# TYPE ")):

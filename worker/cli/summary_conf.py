@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from worker.config import bind_addresses, load_settings
+from worker.telemetry import gunicorn_logging
 
 _settings = load_settings()
 
@@ -19,11 +20,4 @@ control_socket_disable = True
 accesslog = None
 errorlog = "-"
 loglevel = "warning"
-logconfig_dict = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"json": {"()": "worker.telemetry.JsonFormatter"}},
-    "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
-    "root": {"level": "WARNING", "handlers": ["stdout"]},
-    "loggers": {"gunicorn.error": {"level": "WARNING", "handlers": ["stdout"], "propagate": False}},
-}
+logconfig_dict = gunicorn_logging("WARNING")

@@ -94,7 +94,6 @@ def options() -> Response:
         {
             "model": core.readiness.model,
             "params": {name: {**row, "default": defaults.get(name)} for name, row in schema.items()},
-            "has_shape": core.settings.output_geometry == "request",
             "samples": [vars(sample) for sample in SAMPLES],
         }
     )
