@@ -146,6 +146,7 @@ def neighbour(description: str | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each setting in each situation")
     parser.add_argument("--settings", default="default,own,passive", help="default, own, passive, or counts of spins")
     parser.add_argument("--threads", type=int, default=0, help="threads of tensor work; default: as the worker chooses")
+    parser.add_argument("--seconds", type=float, default=0, help="of made speech; default: the demo's sentence")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -6,9 +6,11 @@
 The card is a clock: a chunk takes `--frame-ms` for each frame, one chunk at a time, and launching one holds the thread
 for `--launch-ms`. Decoder process, threads, queues, speech windows, records and writing regions into frames are the
 worker's own; the encoder sleeps for `--encode-ms` a frame, as one on a chip of its own would, unless the real one is
-asked for. The source is known (prepared) and smaller than usual, so that two cores do not become the ceiling.
+asked for. The source is smaller than usual, so that two cores do not become the ceiling.
 
-"before" has the queues of earlier versions: four frames between threads, one chunk ahead, and a wait in each launch.
+"now" has a known (prepared) source. "before" has it too, with the queues of earlier versions: four frames between
+threads, one chunk ahead, and a wait in each launch. "new" has a source that nobody has seen: face search, encoding and
+parsing take the card's time by their arithmetic (benchmarks.costs), and search and masks run in the worker's threads.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ if __name__ == "__main__":
 import contextlib
 import json
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -38,16 +41,23 @@ from torch import Tensor
 
 from benchmarks.material import make_audio, make_clip
 from benchmarks.networks import build, median
-from musetalk import media, render
+from musetalk import media, preparing, render
 from musetalk.avatars import AvatarCache
+from musetalk.faces import Detection, Pose
+from musetalk.frames import Picture
 from musetalk.geometry import Box
+from musetalk.masking import Masking
 from musetalk.models import Models
 from musetalk.options import RenderOptions
 from musetalk.render import RenderSession
 
 _SIZE, _FACE = (640, 360), Box(231, 81, 411, 291)
-# Frames of the source; it plays back and forth.
-_N_SOURCE = 40
+# Frames of the source that is known; it plays back and forth.
+_N_SOURCE, _RATE = 40, 25
+# GFLOP of a frame of 1080p (benchmarks/RESULTS.md): what is generated, and what a new source needs besides.
+_GENERATE, _SEARCH, _ENCODE, _PARSE = 800.0, 46.4, 545.4, 26.8
+_NEW = (_GENERATE + _SEARCH + _ENCODE + _PARSE) / _GENERATE
+WAYS = ("before", "now", "new")
 
 
 class ModelledCard:
@@ -56,8 +66,8 @@ class ModelledCard:
     def __init__(self, frame_s: float, launch_s: float, *, waits: bool) -> None:
         """`waits`: each launch waits for the work before it, as with indices in pageable memory."""
         self.frame_s, self.launch_s, self.waits = frame_s, launch_s, waits
+        self._lock = threading.Lock()
         self._free = 0.0
-        self.busy_s = 0.0
         # Chunks that were launched and not fetched, whenever one is launched.
         self.ahead: list[int] = []
         self.n_under_way = 0
@@ -70,11 +80,17 @@ class ModelledCard:
         time.sleep(self.launch_s)
         self.n_under_way += 1
         self.ahead.append(self.n_under_way)
-        self._free = max(self._free, started) + n_frames * self.frame_s
-        # Nothing is computed before it is launched whole.
-        self._free = max(self._free, time.perf_counter())
-        self.busy_s += n_frames * self.frame_s
-        return self._free
+        return self._computed(started, n_frames * self.frame_s)
+
+    def compute(self, n_frames: int, gflop: float) -> None:
+        """Compute something of a source for `n_frames` frames, and wait for it, behind what was launched before."""
+        self.sleep_until(self._computed(time.perf_counter(), n_frames * self.frame_s * gflop / _GENERATE))
+
+    def _computed(self, started: float, seconds: float) -> float:
+        with self._lock:
+            # Nothing is computed before it is launched whole.
+            self._free = max(max(self._free, started) + seconds, time.perf_counter())
+            return self._free
 
     @staticmethod
     def sleep_until(when: float) -> None:
@@ -110,7 +126,8 @@ class ModelledGenerator:
         self._finished: dict[int, NDArray[np.uint8]] = {}
 
     def encode(self, crops: Any) -> Tensor:
-        """Zeros for latents: preparing is no part of the measurement."""
+        """Zeros for latents."""
+        self.card.compute(len(crops), _ENCODE)
         return torch.zeros(len(crops), *self._generator.latent_shape)
 
     def start(self, latents: Tensor, _windows: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> Any:
@@ -120,6 +137,31 @@ class ModelledGenerator:
             grey = torch.full((n_frames, self.crop_px, self.crop_px, 3), 127, dtype=torch.uint8)
             self._finished[n_frames] = (grey if finish is None else finish(grey)).numpy()
         return ModelledPatches(self.card, self.card.launch(n_frames), self._finished[n_frames])
+
+
+class ModelledFaces:
+    """A finder whose landmarks are known; they take the card's time."""
+
+    def __init__(self, card: ModelledCard) -> None:
+        self._card = card
+        points = np.zeros((68, 2))
+        points[:, 0], points[:, 1] = np.linspace(_FACE.x0, _FACE.x1 - 1, 68), _FACE.y1 - 1
+        # The box reaches as far above the bridge of the nose as the chin is below it.
+        points[29, 1] = (_FACE.y0 + _FACE.y1) // 2
+        self._pose = Pose(points, 0.9)
+
+    def detect(self, pictures: Sequence[Picture]) -> list[Detection | None]:
+        """A face in each; the time of the few that are looked at is part of the landmarks'."""
+        return [(_FACE, 0.9)] * len(pictures)
+
+    def poses(self, pictures: Sequence[Picture]) -> list[Pose]:
+        """The same in each picture."""
+        self._card.compute(len(pictures), _SEARCH)
+        return [self._pose] * len(pictures)
+
+    def confirms(self, _picture: Picture, _pose: Pose) -> float:
+        """Always."""
+        return 0.9
 
 
 class SleepingWriter:
@@ -172,9 +214,23 @@ class Share:
 
 
 @contextlib.contextmanager
-def way(name: str, encode_s: float | None) -> Iterator[None]:
-    """The queues of one way; `encode_s` None: the real encoder."""
+def way(name: str, encode_s: float | None, card: ModelledCard) -> Iterator[None]:
+    """The queues of one way, and no pixels made on the card; `encode_s` None: the real encoder."""
+    labels = np.zeros((512, 512), np.uint8)
+    labels[256:400, 156:356] = 1
+
+    def parsed(_masking: Masking, frames: Sequence[Any], *_: Any) -> Iterator[NDArray[np.uint8]]:
+        card.compute(len(frames), _PARSE)
+        return iter([labels] * len(frames))
+
+    def cut(frames: Sequence[Any], _boxes: Sequence[Box], size_px: int, *_: Any) -> Tensor:
+        return torch.zeros(len(frames), size_px, size_px, 3, dtype=torch.uint8)
+
     with contextlib.ExitStack() as stack:
+        if name == "new":
+            stack.enter_context(mock.patch.object(Masking, "reads_planes", return_value=True))
+            stack.enter_context(mock.patch.object(Masking, "labels", parsed))
+            stack.enter_context(mock.patch.object(preparing, "crop_patches", cut))
         if name == "before":
             stack.enter_context(mock.patch.object(render, "queue_depth", return_value=4))
             stack.enter_context(mock.patch.object(render, "MAX_CHUNKS_AHEAD", 1))
@@ -184,28 +240,33 @@ def way(name: str, encode_s: float | None) -> Iterator[None]:
         yield
 
 
-def measure(models: Models, files: tuple[Path, Path], name: str, batch: int, given: Any, cache: AvatarCache) -> Share:
-    """Jobs in one way; the first, which prepares the source, does not count."""
+def measure(models: Models, folder: Path, name: str, batch: int, given: Any, cache: AvatarCache) -> Share:
+    """Jobs in one way; the first, which prepares a source that is to be known, does not count."""
+    is_new = name == "new"
+    source, speech = folder / ("new.mp4" if is_new else "source.mp4"), folder / "speech.wav"
     encode_s = None if given.real_encoder else given.encode_ms / 1000
     rates: list[float] = []
     ahead = 0
     for _ in range(given.rounds + 1):
         card = ModelledCard(given.frame_ms / 1000, given.launch_ms / 1000, waits=name == "before")
         modelled: Any = ModelledGenerator(models.generator, card)
-        options = RenderOptions(face_box=_FACE, batch_size=batch, device_pixels=True, overlap=True)
-        chosen = replace(models, generator=modelled)
+        face_box = None if is_new else _FACE
+        options = RenderOptions(face_box=face_box, batch_size=batch, device_pixels=True, overlap=True)
+        faces: Any = ModelledFaces(card) if is_new else models.faces
+        chosen = replace(models, generator=modelled, faces=faces)
+        known = None if is_new else cache
         with (
-            way(name, encode_s),
-            RenderSession(chosen, *files, files[0].with_name("out.mp4"), options, avatars=cache) as session,
+            way(name, encode_s, card),
+            RenderSession(chosen, source, speech, folder / "out.mp4", options, avatars=known) as session,
         ):
             session.probe()
-            session.prepare()
             started = time.perf_counter()
+            session.prepare()
             session.generate()
             summary = session.finish()
             rates.append(summary.n_frames / (time.perf_counter() - started))
         ahead = max(ahead, *card.ahead)
-    return Share(name, batch, 1000 / given.frame_ms, median(rates[1:]), ahead)
+    return Share(name, batch, 1000 / (given.frame_ms * (_NEW if is_new else 1)), median(rates[1:]), ahead)
 
 
 def main() -> None:
@@ -217,18 +278,19 @@ def main() -> None:
     shares = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = folder / "source.mp4", folder / "speech.wav"
-        make_clip(files[0], _SIZE, (_FACE.width, _FACE.height), _N_SOURCE)
-        make_audio(files[1], Fraction(given.seconds))
+        for file, n_frames in (("source.mp4", _N_SOURCE), ("new.mp4", given.seconds * _RATE)):
+            make_clip(folder / file, _SIZE, (_FACE.width, _FACE.height), n_frames)
+        make_audio(folder / "speech.wav", Fraction(given.seconds))
         cache = AvatarCache(None, memory_bytes=2**30, disk_bytes=0)
         for batch in (int(part) for part in given.batches.split(",")):
-            for one in ("before", "now"):
-                share = measure(models, files, one, batch, given, cache)
+            for one in WAYS:
+                share = measure(models, folder, one, batch, given, cache)
                 shares.append(share)
                 print(
                     f"batch {batch:3d} {one:7s} {share.job_fps:6.1f} of {share.card_fps:6.1f} frames a second: "
                     f"{100 * share.share:5.1f} %, at most {share.most_ahead} chunks on the card"
                 )
+            print(f"batch {batch:3d} new against known: {shares[-1].job_fps / shares[-2].job_fps:.0%}")
     if given.json:
         rows = [{**asdict(share), "share": share.share} for share in shares]
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -1,6 +1,7 @@
 """The demo job alone and beside a busy process: what the waiting of tensor threads costs, by its setting.
 
-    .venv/bin/python -m benchmarks.neighbour [--rounds 5] [--settings default,own,passive,4000] [--json FILE]
+    .venv/bin/python -m benchmarks.neighbour [--rounds 5] [--settings default,own,passive,4000]
+        [--seconds 0] [--json FILE]
 
 `default` leaves OpenMP as torch has it, `own` is what the worker's commands set, `passive` never waits by spinning, a
 number is a count of spins. Each round loads the demo model once for each setting and runs the demo pair, as a new
@@ -28,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +81,10 @@ def neighbour(is_there: bool) -> Iterator[None]:
         process.wait()
 
 
-def run_setting(setting: str, situations: tuple[str, ...], threads: int) -> list[Run]:
+def run_setting(setting: str, situations: tuple[str, ...], given: argparse.Namespace) -> list[Run]:
     """Load the demo model with this setting and run the job once in each situation."""
-    command = [sys.executable, "-m", "benchmarks.neighbour", "--child", "--threads", str(threads)]
+    options = ["--threads", str(given.threads), "--seconds", str(given.seconds)]
+    command = [sys.executable, "-m", "benchmarks.neighbour", "--child", *options]
     child = subprocess.Popen(
         command, cwd=ROOT, env=variables_of(setting), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -107,14 +110,19 @@ def _expect(line: str, start: str) -> str:
     return line
 
 
-def be_child(threads: int) -> None:
+def be_child(threads: int, seconds: float) -> None:
     """Load the model, then run a job and print its seconds for each line of the standard input."""
     from benchmarks.job import start_core
+    from benchmarks.material import make_audio
     from benchmarks.measuring import cpu_seconds
     from worker.jobs import JobParams
 
     with tempfile.TemporaryDirectory(prefix="neighbour-") as name:
         folder = Path(name)
+        speech = _MEDIA / "speech.flac"
+        if seconds > 0:
+            speech = folder / "speech.wav"
+            make_audio(speech, Fraction(seconds))
         given = argparse.Namespace(device="cpu", threads=threads, dtype="", batch=8, model="demo", acceleration="none")
         core = start_core(given, folder)
         # Every job is about a new source.
@@ -122,7 +130,7 @@ def be_child(threads: int) -> None:
         print("ready", flush=True)
         for _ in sys.stdin:
             wall, cpu = time.perf_counter(), cpu_seconds()
-            core.render(_MEDIA / "avatar.mp4", _MEDIA / "speech.flac", folder / "output.mp4", JobParams())
+            core.render(_MEDIA / "avatar.mp4", speech, folder / "output.mp4", JobParams())
             seconds = {"wall_s": time.perf_counter() - wall, "cpu_s": cpu_seconds() - cpu}
             print(json.dumps(seconds), flush=True)
             (folder / "output.mp4").unlink()
@@ -163,7 +171,7 @@ def main() -> None:
     """Run all rounds and print the medians."""
     given = arguments.neighbour(__doc__)
     if given.child:
-        be_child(given.threads)
+        be_child(given.threads, given.seconds)
         return
     # The processes that it starts must end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -173,7 +181,7 @@ def main() -> None:
         order = settings[number % len(settings) :] + settings[: number % len(settings)]
         situations = SITUATIONS if number % 2 == 0 else SITUATIONS[::-1]
         for setting in order:
-            made = run_setting(setting, situations, given.threads)
+            made = run_setting(setting, situations, given)
             runs += made
             print(f"{setting}: " + ", ".join(f"{run.situation} {run.wall_s:.2f} s" for run in made), flush=True)
     print(table(sorted(runs, key=lambda run: settings.index(run.setting))))

@@ -26,21 +26,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional
 
 from benchmarks.detail import drawn
 from demo.evaluate import read_frames
 from demo.make_pair import AVATAR, SPEECH
 from demo.stages import MODELS
 from demo.texture import TexturedPortrait
-from musetalk.blending import blend_mask, crop_for_parsing, face_mask, paste_planes
-from musetalk.detail import paste_detailed
+from musetalk.blending import blend_mask, crop_for_parsing, face_mask
 from musetalk.devices import choose_dtype
 from musetalk.face_track import smooth_boxes
 from musetalk.frames import planes_to_bgr
 from musetalk.geometry import blend_box
 from musetalk.models import Models, load_models
 from musetalk.options import MaskMode, version_defaults
+from musetalk.pasting import paste
 from musetalk.render import RenderSession
+from musetalk.restoration import Restorer, SteadyRestoration
 
 Picture = NDArray[np.uint8]
 # Of the avatar, in px: head and shoulders; and the mouth alone.
@@ -137,7 +139,9 @@ def main(folder: Path) -> None:
         save(folder, "preview", compare_preview(models, source[min(widest, len(source) - 1)], Fraction(widest, 25)))
         save(folder, "cheeks", compare_cheeks(models, source[0]))
         save(folder, "smoothing", compare_smoothing(models, source[0]))
-        cv2.imwrite(str(folder / "detail.png"), compare_detail(models, Path(name)))
+        detail, restore = compare_detail(models, Path(name))
+        cv2.imwrite(str(folder / "detail.png"), detail)
+        cv2.imwrite(str(folder / "restore.png"), restore)
         save(folder, "silence", compare_silence(models, Path(name)))
         save(folder, "loop", compare_loops(models, Path(name)))
 
@@ -221,20 +225,36 @@ def noisy_pause(folder: Path) -> Path:
     return path
 
 
-def compare_detail(models: Models, folder: Path) -> Picture:
-    """A freckled, unshaven portrait at 1:1: the source, pasted without and with detail."""
+def compare_detail(models: Models, folder: Path) -> tuple[Picture, Picture]:
+    """A freckled, unshaven portrait at 1:1: the source, without and with detail; without, restored, and both."""
     *_, shot = drawn(TexturedPortrait(), 12, folder, models)
-    box, shown = shot.plan.box, []
-    for strength in (None, 0.0, 1.0):
+    restored = SteadyRestoration(sharpener(), 1.0)(torch.from_numpy(shot.patch[None])).numpy()[0]
+    box = shot.plan.box
+    middle = (box.x0 + box.x1) // 2
+    part = slice(box.y1 - 250, box.y1 - 10), slice(middle - 140, middle + 140)
+
+    def shown(patch: Picture | None, strength: float) -> Picture:
         planes = shot.source.copy()
-        if strength:
-            paste_detailed(planes, shot.plan, shot.patch, "bt709", strength)
-        elif strength is not None:
-            paste_planes(planes, shot.plan, shot.patch, "bt709")
-        middle = (box.x0 + box.x1) // 2
-        part = slice(box.y1 - 250, box.y1 - 10), slice(middle - 140, middle + 140)
-        shown.append(planes_to_bgr(planes, "bt709")[part])
-    return row(shown, 240)
+        if patch is not None:
+            paste(planes, shot.plan, patch, "bt709", strength)
+        return planes_to_bgr(planes, "bt709")[part]
+
+    plain, detailed = shown(shot.patch, 0), shown(shot.patch, 1)
+    return (
+        row([shown(None, 0), plain, detailed], 240),
+        row([plain, shown(restored, 0), shown(restored, 1)], 240),
+    )
+
+
+def sharpener() -> Restorer:
+    """A stand-in for a restorer: it doubles the size and strengthens edges, and knows nothing of faces."""
+
+    def network(pictures: torch.Tensor) -> torch.Tensor:
+        larger = functional.interpolate(pictures, scale_factor=2, mode="bicubic")
+        soft = functional.avg_pool2d(functional.pad(larger, (4, 4, 4, 4), mode="replicate"), 9, 1)
+        return larger + 1.2 * (larger - soft)
+
+    return Restorer("sharpener", network, lambda side: side, torch.device("cpu"))
 
 
 def compare_silence(models: Models, folder: Path) -> Picture:

@@ -16,13 +16,16 @@ _PLACEHOLDER_BYTES = 0x7FFF0000
 _W64_RIFF = bytes.fromhex("2e91cf11a5d628db04c10000")
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+_EBML = bytes.fromhex("1a45dfa3")
+# Of a WavPack block: the first of those that hold the same samples of other channels.
+_WV_INITIAL = 0x800
 
 
 def joined_parts(path: Path) -> list[tuple[int, int]]:
     """(first byte, byte behind the last) of each file that was joined in this one, in order.
 
-    FFmpeg plays the first WAV, MP4 or FLAC alone or loses the seams, and stops where an Ogg chain changes its channels.
-    Other formats, and files that were not joined, are one span.
+    FFmpeg plays the first of these files alone or loses the seams, and stops where an Ogg chain changes its channels.
+    Other formats are read through by themselves; they, and files that were not joined, are one span.
     """
     n_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -74,6 +77,67 @@ def _mp4_starts(data: mmap.mmap) -> Iterator[int]:
         at += size
 
 
+def _aiff_starts(data: mmap.mmap) -> Iterator[int]:
+    for at in _found(data, b"FORM", _HEADER_BYTES):
+        if data[at + 8 : at + 12] in {b"AIFF", b"AIFC"} and data[at + 12 : at + 16].strip().isalnum():
+            yield at
+
+
+def _au_starts(data: mmap.mmap) -> Iterator[int]:
+    for at in _found(data, b".snd", 24):
+        # Where the samples begin, their encoding, and behind the rate the number of channels.
+        begin, encoding, channels = (int.from_bytes(data[at + skip : at + skip + 4], "big") for skip in (4, 12, 20))
+        if 24 <= begin <= _HEAD_BYTES and 1 <= encoding <= 27 and 1 <= channels <= 64:
+            yield at
+
+
+def _caf_starts(data: mmap.mmap) -> Iterator[int]:
+    # The description of the samples comes first.
+    for at in _found(data, b"caff\0\x01", _HEADER_BYTES):
+        if data[at + 8 : at + 12] == b"desc":
+            yield at
+
+
+def _tta_starts(data: mmap.mmap) -> Iterator[int]:
+    # Behind the letters: the format, plain or encrypted, and the number of channels.
+    for at in _found(data, b"TTA1", 22):
+        if data[at + 4 : at + 6] in {b"\x01\0", b"\x02\0"} and data[at + 7] == 0:
+            yield at
+
+
+def _wv_starts(data: mmap.mmap) -> Iterator[int]:
+    # Behind the block's size: the version 4.x, and further on where its samples begin.
+    for at in _found(data, b"wvpk", 32):
+        index, flags = (int.from_bytes(data[at + skip : at + skip + 4], "little") for skip in (16, 24))
+        if data[at + 9 : at + 10] == b"\x04" and index == 0 and flags & _WV_INITIAL:
+            yield at
+
+
+def _amr_starts(data: mmap.mmap) -> Iterator[int]:
+    return _found(data, b"#!AMR", 6)
+
+
+def _asf_starts(data: mmap.mmap) -> Iterator[int]:
+    return _found(data, _ASF_HEADER, len(_ASF_HEADER))
+
+
+def _w64_starts(data: mmap.mmap) -> Iterator[int]:
+    return _found(data, b"riff" + _W64_RIFF, 16)
+
+
+def _matroska_starts(data: mmap.mmap) -> Iterator[int]:
+    for at in _found(data, _EBML, _HEADER_BYTES):
+        if any(name in data[at : at + 64] for name in (b"matroska", b"webm")):
+            yield at
+
+
+def _flv_starts(data: mmap.mmap) -> Iterator[int]:
+    # Version 1, then the flags, then the header's own length.
+    for at in _found(data, b"FLV\x01", 9):
+        if data[at + 5 : at + 9] == b"\0\0\0\x09":
+            yield at
+
+
 def _found(data: mmap.mmap, word: bytes, start: int) -> Iterator[int]:
     at = data.find(word, start)
     while at >= 0:
@@ -86,6 +150,16 @@ _JOINED: tuple[tuple[Callable[[bytes], bool], Callable[[mmap.mmap], Iterator[int
     (lambda head: head[:4] == b"fLaC", _flac_starts),
     (lambda head: head[:4] == b"OggS", _ogg_starts),
     (lambda head: head[4:8] == b"ftyp", _mp4_starts),
+    (lambda head: head[:4] == b"FLV\x01", _flv_starts),
+    (lambda head: head[:4] == b"FORM" and head[8:12] in {b"AIFF", b"AIFC"}, _aiff_starts),
+    (lambda head: head[:4] == b".snd", _au_starts),
+    (lambda head: head[:4] == _EBML, _matroska_starts),
+    (lambda head: head[:4] == b"caff", _caf_starts),
+    (lambda head: head[:4] == b"TTA1", _tta_starts),
+    (lambda head: head[:4] == b"wvpk", _wv_starts),
+    (lambda head: head[:5] == b"#!AMR", _amr_starts),
+    (lambda head: head[:12] == _ASF_HEADER[:12], _asf_starts),
+    (lambda head: head[:12] == b"riff" + _W64_RIFF[:8], _w64_starts),
 )
 
 

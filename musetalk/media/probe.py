@@ -14,7 +14,7 @@ import av.error
 from musetalk.errors import MediaError
 from musetalk.media.cadence import measured_cadence, steady_rate
 from musetalk.media.converting import applied_aspect, display_size, frame_colour, orientation
-from musetalk.media.headers import avi_duration, claimed_share
+from musetalk.media.headers import avi_duration, claimed_share, joined_parts
 from musetalk.media.limits import MediaLimits, SourceInfo
 from musetalk.media.opening import decode, open_container, packets, picture_format, prepare_decoder, video_stream
 from musetalk.media.sound import is_missing
@@ -135,7 +135,7 @@ def _describe(path: Path, container: Any, stream: Any, frame: Any, scan: _Scan, 
         trusts_timestamps=trusts,
         clock_grain=as_fraction(stream.time_base) or SourceInfo.clock_grain,
         is_steady=is_steady,
-        warnings=_losses(path, container, stream, scan, duration),
+        warnings=_losses(path, container, stream, scan, duration) or _films_behind(path, duration, limits),
     )
 
 
@@ -180,3 +180,24 @@ def _losses(path: Path, container: Any, stream: Any, scan: _Scan, found: Fractio
     if scan.breaks_off:
         return (f"the source breaks off after {float(found or 0):.2f} s: its end is missing or damaged",)
     return ()
+
+
+def _films_behind(path: Path, found: Fraction | None, limits: MediaLimits) -> tuple[str, ...]:
+    """A sentence when other films were joined to this one: FFmpeg plays the first alone and says nothing."""
+    parts = joined_parts(path)
+    if len(parts) == 1 or found is None:
+        return ()
+    total = Fraction(0)
+    for span in parts:
+        try:
+            with open_container(path, limits, span=span) as container:
+                total += Fraction(container.duration or 0, av.time_base)
+        except MediaError:
+            # What is behind the film may be damaged; the film is not.
+            continue
+    if not is_missing(total, found):
+        return ()
+    return (
+        f"the source is {len(parts)} files joined in one: only the first {float(found):.2f} s are used; "
+        f"{float(total):.2f} s are there",
+    )

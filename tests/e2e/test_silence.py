@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +18,28 @@ from demo.make_pair import write_sound as write_flac
 from musetalk import media
 from musetalk.avatars import AvatarCache
 from musetalk.frames import Planes
-from musetalk.options import RenderOptions
-from musetalk.render import RenderSession
 from musetalk.silence import FLOOR_DBFS, levels_dbfs, quiet_spans, speech_weights
 from musetalk_core import Core
 from tests.support import clips
-from tests.support.rendering import FACE, LIMITS, SOUND, SOUND_RATE, frames_of, make_source, render, write_speech
+from tests.support.rendering import (
+    LIMITS,
+    SOUND,
+    SOUND_RATE,
+    frames_of,
+    make_source,
+    pictures_of,
+    render,
+    write_speech,
+)
 
 Pictures = list[Planes]
 
 
 @pytest.fixture
-def pictures(core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pictures]:
+def pictures(core: Core, tmp_path: Path) -> Callable[..., Pictures]:
     """The pictures of a video before they are encoded."""
     source, audio = make_source(tmp_path / "source.mp4", 9), write_speech(tmp_path / "a.wav", SOUND)
-    fit = media.fit_planes
-
-    def make(**options: Any) -> Pictures:
-        seen: Pictures = []
-
-        def remember(planes: Planes, *args: Any) -> Planes:
-            seen.append(planes.copy())
-            return fit(planes, *args)
-
-        monkeypatch.setattr(media, "fit_planes", remember)
-        chosen = RenderOptions(**{"face_box": FACE, "batch_size": 4, **options})
-        with RenderSession(core.engine.models, source, audio, tmp_path / "out.mp4", chosen) as session:
-            session.probe()
-            session.prepare()
-            session.generate()
-            session.finish()
-        return seen
-
-    return make
+    return partial(pictures_of, core.engine.models, source, audio, tmp_path / "out.mp4")
 
 
 def weights() -> NDArray[np.float64]:

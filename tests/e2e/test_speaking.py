@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import av
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from demo.evaluate import avatar_reader, read_frames
-from demo.make_pair import AVATAR, CLIP_S, FPS, POSE_SEED, SPEECH, natural_poses
+from demo.evaluate import avatar_reader, read_frames, window
+from demo.make_pair import AVATAR, CLIP_S, FPS, POSE_SEED, SPEECH, natural_poses, write_clip
+from demo.texture import TexturedPortrait
+from demo.visemes import SHUT
 from musetalk.geometry import ping_pong_index
 from tests.support import clips
 from tests.support.buffer_mode import start_worker
@@ -93,6 +96,38 @@ def test_a_posted_job_speaks_and_the_same_source_again_is_prepared_and_speaks_th
     assert made[1][0] == round((SPOKEN_S + SILENT_S) * FPS)
     assert made[0][1].read_bytes() == made[1][1].read_bytes()
     assert_speaks(made[0][1])
+
+
+def test_stubble_that_the_model_cannot_draw_comes_back_with_detail(worker: Server) -> None:
+    portrait, poses = TexturedPortrait(), natural_poses(6, 31)
+    drawn = [portrait.picture(SHUT, pose) for pose in poses]
+    write_clip(worker.folder / "media/textured.mp4", drawn, crf=4)
+    clips.write_sound(
+        worker.folder / "media/quiet.wav",
+        clips.Sound(np.zeros(3840, np.float32), rate=16_000, codec="pcm_s16le", sample_format="s16"),
+    )
+
+    def fine_energy(frames: list[NDArray[np.uint8]]) -> float:
+        """Of the chin, in the band that a patch of 256 px does not have."""
+        chins = [window(f, portrait, p, (184, 128))[96:].mean(axis=2) for f, p in zip(frames, poses, strict=True)]
+        return float(np.std([chin - cv2.GaussianBlur(chin, (0, 0), 2.0) for chin in chins]))
+
+    def made(name: str, **params: float) -> list[NDArray[np.uint8]]:
+        media = worker.folder / "media"
+        addresses = {"video_url": (media / "textured.mp4").as_uri(), "audio_url": (media / "quiet.wav").as_uri()}
+        answer = worker.post(worker.job(name, params=params, **addresses))
+        assert answer.status_code == 200, answer.text
+        return read_frames(worker.folder / f"outputs/{name}.mp4")
+
+    plain, detailed = made("plain"), made("detailed", detail=1)
+    assert fine_energy(plain) < 0.7 * fine_energy(drawn)
+    assert fine_energy(detailed) == pytest.approx(fine_energy(drawn), rel=0.25)
+
+
+def test_restoring_without_a_restorer_is_refused_and_named(worker: Server) -> None:
+    answer = worker.post(worker.job("restored", params={"restore": 0.5}))
+    assert answer.status_code == 422
+    assert answer.json()["details"]["field"] == "params.restore"
 
 
 def test_a_claimed_job_speaks(tmp_path: Path, speech: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import av
 import numpy as np
@@ -17,6 +18,9 @@ from musetalk import media
 from musetalk.faces import Face
 from musetalk.frames import Planes
 from musetalk.geometry import Box
+from musetalk.models import Models
+from musetalk.options import RenderOptions
+from musetalk.render import RenderSession
 from musetalk_core import Core
 from tests.support import clips
 from worker.config import load_settings
@@ -57,6 +61,27 @@ def frames_of(path: Path, rate: Fraction | None = None) -> list[Planes]:
     if rate is not None:
         assert info.rate == rate
     return [frame.planes for frame in media.read_source(path, info, LIMITS)]
+
+
+def pictures_of(models: Models, source: Path, audio: Path, output: Path, **options: Any) -> list[Planes]:
+    """The pictures of a video before they are encoded, with the face at FACE."""
+    seen: list[Planes] = []
+    fit = media.fit_planes
+
+    def remember(planes: Planes, *args: Any) -> Planes:
+        seen.append(planes.copy())
+        return fit(planes, *args)
+
+    chosen = RenderOptions(**{"face_box": FACE, "batch_size": 4, **options})
+    with (
+        mock.patch.object(media, "fit_planes", remember),
+        RenderSession(models, source, audio, output, chosen) as session,
+    ):
+        session.probe()
+        session.prepare()
+        session.generate()
+        session.finish()
+    return seen
 
 
 def durations_of(path: Path) -> tuple[Fraction, Fraction]:

@@ -25,6 +25,7 @@ from musetalk.media.cadence import measured_cadence, on_beat, steady_rate
 from musetalk.media.timing import Timed
 from tests.support import clips
 from tests.support.clips import drawn_frame, picture, read_number, write_clip
+from tests.support.strangers import joined
 
 LIMITS = MediaLimits()
 
@@ -161,6 +162,24 @@ def test_an_mp4_without_its_end_is_refused_as_incomplete(tmp_path: Path) -> None
     clips.cut(path, 0.6)
     with pytest.raises(MediaError, match="is incomplete: its end is missing"):
         probe_source(path, LIMITS)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.webm", "a.avi", "a.flv", "a.ts", "a.mpg"])
+def test_films_that_were_joined_are_shown_or_both_lengths_are_named(tmp_path: Path, name: str) -> None:
+    codec = {"webm": "libvpx", "avi": "mpeg4", "flv": "flv", "mpg": "mpeg2video"}.get(name[2:], "libx264")
+    parts = [write_clip(tmp_path / f"{index}-{name}", 25, codec=codec) for index in range(3)]
+    info, frames = read(joined(tmp_path / name, parts))
+    if len(frames) == 75:
+        assert info.warnings == ()
+        return
+    (warning,) = info.warnings
+    assert f"3 files joined in one: only the first {len(frames) / 25:.2f} s are used; 3.00 s are there" in warning
+
+
+def test_a_film_with_something_else_behind_its_end_is_whole(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 25)
+    path.write_bytes(path.read_bytes() + b"\0\0\0\x10ftypisom\0\0\0\0" + bytes(5000))
+    assert read(path)[0].warnings == ()
 
 
 TEXTS = {

@@ -295,6 +295,17 @@ JOINED = {
     "a.opus": ("libopus", "s16", 0.001),
     "a.oga": ("flac", "s16", 0.001),
     "a.m4a": ("aac", "fltp", 0.001),
+    "a.aiff": ("pcm_s16be", "s16", 0.001),
+    "a.caf": ("pcm_s16le", "s16", 0.001),
+    "a.au": ("pcm_s16be", "s16", 0.001),
+    "a.w64": ("pcm_s16le", "s16", 0.001),
+    "a.flv": ("aac", "fltp", 0.05),
+    "a.wv": ("wavpack", "s16p", 0.001),
+    "a.tta": ("tta", "s16", 0.001),
+    "a.mpg": ("mp2", "s16", 0.05),
+    "a.ac3": ("ac3", "fltp", 0.05),
+    "a.mka": ("libopus", "s16", 0.02),
+    "a.avi": ("libmp3lame", "s16p", 0.06),
 }
 
 
@@ -314,6 +325,18 @@ def test_other_files_that_were_joined_are_heard_to_the_end(
     for index, n in enumerate(channels):
         around = waveform[int((0.6 * index + 0.2) * 16_000) : int((0.6 * index + 0.4) * 16_000)]
         assert loudness(around) == pytest.approx(loudness(tone(0.6)) * (0.75 if n > 1 else 1) * 0.999, rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "codec", "rate"), [("a.wma", "wmav2", 44_100), ("a.amr", "libopencore_amrnb", 8000)])
+def test_recordings_of_phones_that_were_joined_are_heard_to_the_end(
+    tmp_path: Path, name: str, codec: str, rate: int
+) -> None:
+    sound = Sound(tone(0.6, rate, 300), rate=rate, codec=codec, bit_rate=128_000 if name == "a.wma" else None)
+    parts = [write_sound(tmp_path / f"{index}-{name}", sound) for index in range(3)]
+    waveform, warnings = heard(joined(tmp_path / name, parts))
+    assert len(waveform) / 16_000 == pytest.approx(1.8, abs=0.25)
+    assert loudness(waveform[-4000:-1000]) > 0.1
+    assert warnings == []
 
 
 @pytest.mark.parametrize("name", ["a.opus", "a.flac", "a.m4a"])
