@@ -37,7 +37,6 @@ from musetalk_core import Core, shared_core
 from worker.config import bind_addresses, exposure_problem, load_settings, port_problem
 from worker.jobs import DEMO_NOTICE, MAX_ID_LENGTH, Job, JobResult, error_body, parse_job, result_body
 from worker.orchestrator import Orchestrator, completed_update, failed_update, orchestrator_settings
-from worker.process_variables import limit_spinning
 from worker.progress_sender import ProgressSender
 from worker.telemetry import logger
 from worker.web import page_routes, playground, previews, reference
@@ -383,7 +382,6 @@ def main() -> int:
         "environment and .env; WORKER_HOST=0.0.0.0 lets other machines in."
     )
     parser.parse_args()
-    limit_spinning()
     try:
         settings = load_settings()
     except MuseTalkError as error:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from musetalk.errors import SettingsError
 from worker.config import bind_addresses, exposure_problem, load_settings, port_problem
-from worker.process_variables import card_of_process, is_started_by_script, limit_spinning
+from worker.process_variables import card_of_process, is_started_by_script
 from worker.telemetry import add_to_every_line, gunicorn_logging
 
 try:
@@ -28,9 +28,6 @@ try:
 except SettingsError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-
-# The worker process inherits it, and imports torch later.
-limit_spinning()
 
 wsgi_app = "app:create_app()"
 bind = bind_addresses(_settings.listen_host, _settings.port)

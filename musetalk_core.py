@@ -31,7 +31,6 @@ from worker.job_control import (
 )
 from worker.jobs import Job, JobParams, JobResult, RenderedJob, Stage, sidecar_body
 from worker.machine import check_room, folder_problem, release_memory
-from worker.process_variables import limit_spinning
 from worker.readiness import Readiness, State, WorkerStatus
 from worker.stored import Store
 from worker.supervision import Supervisor
@@ -419,5 +418,4 @@ def shared_core() -> Core:
 if __name__ == "__main__":
     from worker.cli.render import main
 
-    limit_spinning()
     sys.exit(main(Core))

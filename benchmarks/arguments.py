@@ -144,14 +144,14 @@ def neighbour(description: str | None) -> argparse.Namespace:
     """Arguments of benchmarks.neighbour; `--child` is for the processes that it starts itself."""
     parser = _parser("neighbour", description)
     parser.add_argument("--rounds", type=int, default=5, help="runs of each setting in each situation")
-    parser.add_argument("--settings", default="default,own,passive", help="default, own, passive, or counts of spins")
-    parser.add_argument("--threads", type=int, default=0, help="threads of tensor work; default: as the worker chooses")
+    parser.add_argument("--settings", default="fixed,own,passive", help="fixed, own, passive, or counts of spins")
+    parser.add_argument("--threads", type=int, default=0, help="threads where their number is fixed; default: all")
     parser.add_argument("--seconds", type=float, default=0, help="of made speech; default: the demo's sentence")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     wrong = [
-        name for name in options.settings.split(",") if name not in ("default", "own", "passive") and not name.isdigit()
+        name for name in options.settings.split(",") if name not in ("fixed", "own", "passive") and not name.isdigit()
     ]
     if wrong:
         parser.error(f"unknown settings: {', '.join(wrong)}")

@@ -22,9 +22,6 @@ if __name__ == "__main__":
     from benchmarks.wheels import add_missing
 
     add_missing(_given.wheels)
-    from worker.process_variables import limit_spinning
-
-    limit_spinning()
 
 import argparse
 import json

@@ -12,13 +12,10 @@ on them.
 from __future__ import annotations
 
 from benchmarks import arguments
-from worker.process_variables import limit_spinning
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and mistyped options are answered at once.
     arguments.engine(__doc__)
-    # Tensor threads wait as they do in the worker.
-    limit_spinning()
 
 import json
 import time

@@ -14,13 +14,10 @@ once; both get the face box, so upstream avoids its detection, one frame at a ti
 from __future__ import annotations
 
 from benchmarks import arguments
-from worker.process_variables import limit_spinning
 
 if __name__ == "__main__":
     # Before the imports below, which take seconds: --help and mistyped options are answered at once.
     arguments.upstream_like(__doc__)
-    # Tensor threads wait as they do in the worker.
-    limit_spinning()
 
 import argparse
 import copy

@@ -251,8 +251,8 @@ def sharpener() -> Restorer:
 
     def network(pictures: torch.Tensor) -> torch.Tensor:
         larger = functional.interpolate(pictures, scale_factor=2, mode="bicubic")
-        soft = functional.avg_pool2d(functional.pad(larger, (4, 4, 4, 4), mode="replicate"), 9, 1)
-        return larger + 1.2 * (larger - soft)
+        soft = functional.avg_pool2d(functional.pad(larger, (3, 3, 3, 3), mode="replicate"), 7, 1)
+        return larger + 0.8 * (larger - soft)
 
     return Restorer("sharpener", network, lambda side: side, torch.device("cpu"))
 

@@ -37,7 +37,7 @@ from musetalk.geometry import Box
 logger = logging.getLogger(__name__)
 
 # Part of every key: to be raised whenever preparing the same source gives other numbers, or the file's layout changes.
-FORMAT = 2
+FORMAT = 3
 SUFFIX = ".avatar"
 _UNFINISHED = ".avatar-part"
 # A writer that is still at work after this long is dead.
@@ -77,30 +77,34 @@ class Arena:
         return place
 
 
+_OPTIONAL = ("band", "original", "lips")
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedFace:
     """The face of one source frame, ready for the generator: latents, where the patch goes, colours to match.
 
-    `latents` (8, 32, 32); `band` (10, 3) or None (`blending.colour_band`); `original` (2, s, s, 3) or None
-    (`strangers.give_back`).
+    `latents` (8, 32, 32); `band` (10, 3) or None (`blending.colour_band`); `original` (2, s, s, 3) and
+    `lips` (3,) or None (`strangers.give_back`).
     """
 
     plan: PastePlan
     latents: NDArray[Any]
     band: NDArray[np.float32] | None = None
     original: NDArray[np.uint8] | None = None
+    lips: NDArray[np.float32] | None = None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The value as named arrays, as they are stored."""
         named = {"latents": self.latents, **{f"plan_{name}": array for name, array in self.plan.arrays().items()}}
-        optional = {"band": self.band, "original": self.original}
+        optional = {name: getattr(self, name) for name in _OPTIONAL}
         return {**named, **{name: array for name, array in optional.items() if array is not None}}
 
     @staticmethod
     def from_arrays(named: Mapping[str, NDArray[Any]]) -> PreparedFace:
         """Rebuild the value that `arrays` describe; raises KeyError when something is missing."""
         plan = {name.removeprefix("plan_"): array for name, array in named.items() if name.startswith("plan_")}
-        return PreparedFace(PastePlan.from_arrays(plan), named["latents"], named.get("band"), named.get("original"))
+        return PreparedFace(PastePlan.from_arrays(plan), named["latents"], *(named.get(name) for name in _OPTIONAL))
 
     def moved_to(self, arena: Arena) -> PreparedFace:
         """The same in the arena's memory."""

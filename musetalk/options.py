@@ -30,7 +30,8 @@ class RenderOptions:
     `detail` 0..1 gives the source's fine detail back where the mouth did not move.
     `restore` 0..1 blends in what the restorer makes of each patch.
     `background` (#rrggbb) is shown where the source is transparent.
-    `device_pixels` cuts and pastes faces where the networks run; `overlap` prepares the source in a thread of its own.
+    `device_pixels` cuts and pastes faces where the networks run; `overlap` prepares the source in a thread of its own;
+    `yields_cores` computes with fewer threads while other processes want the cores.
     """
 
     face_box: tuple[int, int, int, int] | None = None
@@ -58,6 +59,7 @@ class RenderOptions:
     scratch_disk_bytes: int = 16 * 2**30
     device_pixels: bool = False
     overlap: bool = False
+    yields_cores: bool = False
 
     @property
     def background_rgb(self) -> tuple[int, int, int]:

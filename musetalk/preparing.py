@@ -34,7 +34,7 @@ from musetalk.geometry import Box, blend_box, source_index
 from musetalk.masking import Masking
 from musetalk.models import Models
 from musetalk.options import RenderOptions
-from musetalk.strangers import is_demo_portrait, mouth_labels
+from musetalk.strangers import is_demo_portrait, lip_colour, mouth_labels
 from musetalk.streaming import BackgroundReader
 
 logger = logging.getLogger(__name__)
@@ -431,15 +431,17 @@ class SourcePreparer:
             latents = list(self._latents(np.stack(crops) if on_device is None else on_device))
             labels = list(self._masking.labels(frames, boxes, squares))
         originals: list[UInt8Array | None] = [None] * len(places)
+        lips: list[NDArray[np.float32] | None] = [None] * len(places)
         if self.options.careful and on_device is None:
             for index, (frame, box) in enumerate(places):
                 if not is_demo_portrait(crops[index]):
                     originals[index] = self._original(crops[index], latents[index])
                     labels[index] = self._mouth_labels(frame.index, box, labels[index])
+                    lips[index] = self._lip_colour(frame.index, box, crops[index])
         for index, plan in enumerate(self._masking.plans(labels, boxes, frames)):
             original = originals[index]
             band = colour_band(crops[index]) if self.options.match_colours and original is None else None
-            yield PreparedFace(plan, latents[index], band, original)
+            yield PreparedFace(plan, latents[index], band, original, lips[index])
 
     def _original(self, crop: UInt8Array, latents: NDArray[Any]) -> UInt8Array:
         """The crop, and what the VAE makes of it, (2, s, s, 3)."""
@@ -450,6 +452,10 @@ class SourcePreparer:
         """Mouth and chin by the landmarks; the parser's own labels where there are none (a given face box)."""
         face = self._face(index)
         return labels if face is None or face.landmarks is None else mouth_labels(face.landmarks, blend_box(box))
+
+    def _lip_colour(self, index: int, box: Box, crop: UInt8Array) -> NDArray[np.float32] | None:
+        face = self._face(index)
+        return None if face is None or face.landmarks is None else lip_colour(crop, face.landmarks, box)
 
     def _face(self, index: int) -> Face | None:
         if self._fixed is not None:

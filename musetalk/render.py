@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +26,7 @@ from musetalk.audio import SAMPLE_RATE, hushed, n_output_frames, windows_of
 from musetalk.avatars import AvatarCache, PreparedFace
 from musetalk.batches import Batches, queue_depth
 from musetalk.blending import match_colours
+from musetalk.crowding import ThreadsByCrowding
 from musetalk.device_pixels import write_region
 from musetalk.devices import gpu_errors, peak_memory_mib, release_memory, reset_peak_memory
 from musetalk.errors import CancelledError, MediaError, NoFaceError, RequestError
@@ -47,6 +48,8 @@ from musetalk.streaming import BackgroundReader, BackgroundWriter
 MAX_PENDING_BATCHES = 4
 # Chunks that wait for the GPU while the next is launched: with one the GPU idles whenever a launch takes longer.
 MAX_CHUNKS_AHEAD = 2
+# Finished pictures that wait for the encoder: it takes longer for some than for others.
+_PASTED_AHEAD = 4
 # Beyond this the network's picture (256 px for MuseTalk) is visibly stretched.
 LARGE_FACE_FACTOR = 2
 
@@ -339,7 +342,8 @@ class RenderSession:
         depth = queue_depth(self._source.width * self._source.height * 3 // 2, options.batch_size)
         with (
             gpu_errors(),
-            BackgroundWriter(self._paste_and_encode, depth=depth, name="encoder") as sink,
+            BackgroundWriter(self._writer.write, depth=_PASTED_AHEAD, name="encoder") as encoder,
+            BackgroundWriter[_Item](lambda item: encoder.put(self._picture(item)), depth=depth, name="paster") as sink,
             FrameStore(
                 self._output_path.parent,
                 memory_bytes=options.frame_memory_bytes,
@@ -347,6 +351,7 @@ class RenderSession:
             ) as store,
             # Closed here and not by the garbage collector: an error's traceback would keep the decoder open.
             closing(self._records(store)) as records,
+            ThreadsByCrowding() if options.yields_cores else nullcontext() as threads,
         ):
             chunks = _ChunkQueue(sink, lambda done: on_progress(done, self.n_frames))
             for index, record in enumerate(records):
@@ -356,6 +361,8 @@ class RenderSession:
                     _check(should_stop)
                     chunks.add(self._launch(pending, chunks.n_launched))
                     pending.clear()
+                    if threads is not None:
+                        threads.adjust()
             _check(should_stop)
             chunks.add(self._launch(pending, chunks.n_launched))
             chunks.finish()
@@ -434,10 +441,6 @@ class RenderSession:
         finish, is_shown = device_paste(faces, self._source.colour.matrix, self.options.detail, restore)
         return _Part(generator.start(latents, windows, finish), True, is_shown)
 
-    def _paste_and_encode(self, item: _Item) -> None:
-        """In the encoder's thread."""
-        self._writer.write(self._picture(item))
-
     def _picture(self, item: _Item) -> Planes:
         """Paste into a copy (the record may be shown again), crop or scale."""
         record, patch, is_pasted = item
@@ -448,7 +451,7 @@ class RenderSession:
                 write_region(planes, face.plan.region, patch)
             else:
                 if face.original is not None:
-                    patch = give_back(patch, face.original)
+                    patch = give_back(patch, face.original, face.lips)
                 elif face.band is not None:
                     patch = match_colours(patch, face.band)
                 paste(planes, face.plan, patch, self._source.colour.matrix, self.options.detail)

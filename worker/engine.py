@@ -90,6 +90,8 @@ class Engine:
             "scratch_disk_bytes": settings.scratch_disk_mb * _MIB,
             "device_pixels": on_gpu if settings.device_pixels == "auto" else settings.device_pixels == "1",
             "overlap": on_gpu,
+            # A number that somebody chose is kept.
+            "yields_cores": not on_gpu and settings.cpu_threads == 0,
             "face_search": settings.face_search,
             **params.chosen(),
         }

@@ -135,6 +135,9 @@ def _begins(waiting: deque[Block]) -> Fraction | None:
 
 def _shift(waiting: deque[Block], expected: Fraction, *, is_whole: bool) -> Fraction:
     """How much later (s) than `expected` the waiting blocks say they are: what all of them agree on, else 0."""
+    if (first := waiting[0].time) is not None and abs(first - expected) <= TOLERANCE_S:
+        # Nearly always: whatever the others say, they do not all agree on more.
+        return Fraction(0)
     shifts = []
     for block in waiting:
         if block.time is not None:

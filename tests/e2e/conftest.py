@@ -25,7 +25,7 @@ def _threads_restored() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder in the official layout, with small networks."""
-    return write_tiny_models(tmp_path_factory.mktemp("models"))
+    return write_tiny_models(tmp_path_factory.mktemp("models"), crop_px=64)
 
 
 @pytest.fixture(scope="session")

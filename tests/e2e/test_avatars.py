@@ -174,10 +174,10 @@ def test_a_failed_job_leaves_no_avatar(
 def test_a_source_beyond_the_budget_is_rendered_and_not_kept(
     start: Callable[..., CountingWorker], tmp_path: Path
 ) -> None:
-    source, audio = make_source(tmp_path / "source.mp4", 40), make_audio(tmp_path / "a.wav", 1.6)
+    source, audio = make_source(tmp_path / "source.mp4", 60), make_audio(tmp_path / "a.wav", 2.4)
     worker = start(AVATAR_MEMORY_MB="1", AVATAR_DISK_MB="1")
     worker.render(source, audio, tmp_path / "out.mp4")
-    assert worker.n_encoded == 40
+    assert worker.n_encoded == 60
     assert list((tmp_path / "worker/avatars").iterdir()) == []
     assert worker.render(source, audio, tmp_path / "again.mp4").summary.n_reused == 0
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "out.mp4").read_bytes()

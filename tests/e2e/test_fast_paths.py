@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter as clock
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from musetalk import crowding
 from musetalk.errors import CancelledError, MediaError, OutOfMemoryError
 from musetalk.options import RenderOptions
 from musetalk.render import RenderSession, RenderSummary
@@ -42,6 +44,30 @@ def test_preparing_in_a_thread_changes_no_byte(make: Make, tmp_path: Path) -> No
     make("plain.mp4")
     make("overlap.mp4", overlap=True)
     assert (tmp_path / "overlap.mp4").read_bytes() == (tmp_path / "plain.mp4").read_bytes()
+
+
+def test_a_job_that_gives_cores_to_others_makes_the_same_video_and_takes_them_back(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(3)
+    make("plain.mp4")
+    numbers = []
+    # Every piece of work waits for a core all the time.
+    monkeypatch.setattr(crowding, "_MIN_PIECE_S", 0.0)
+    monkeypatch.setattr(crowding.ThreadsByCrowding.__init__, "__kwdefaults__", {"waited": clock, "clock": clock})
+    launch = RenderSession._launch
+
+    def watched(self: RenderSession, *args: Any) -> Any:
+        numbers.append(torch.get_num_threads())
+        return launch(self, *args)
+
+    monkeypatch.setattr(RenderSession, "_launch", watched)
+    make("yielding.mp4", yields_cores=True)
+    assert numbers[:3] == [3, 2, 1]
+    assert set(numbers[2:]) == {1}
+    assert torch.get_num_threads() == 3
+    for one, other in zip(frames_of(tmp_path / "plain.mp4"), frames_of(tmp_path / "yielding.mp4"), strict=True):
+        assert np.abs(one.y.astype(int) - other.y).max() <= 2
 
 
 def test_pixels_where_the_networks_are_stay_within_one_level(make: Make, tmp_path: Path) -> None:
@@ -121,7 +147,9 @@ def test_a_cancel_ends_the_preparing_thread(make: Make, tmp_path: Path) -> None:
 
     with pytest.raises(CancelledError):
         make("out.mp4", should_stop, overlap=True)
-    assert not [thread for thread in threading.enumerate() if thread.name in ("preparer", "decoder", "encoder")]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name in ("preparer", "decoder", "paster", "encoder")
+    ]
     assert not (tmp_path / "out.mp4").exists()
 
 
@@ -136,3 +164,6 @@ def test_the_settings_reach_the_options(core: Core) -> None:
     assert (options.device_pixels, options.overlap) == (True, True)
     asked = replace(engine, settings=load_settings({"DEVICE_PIXELS": "1"}, env_file=None))
     assert asked.options(JobParams(), None, None).device_pixels
+    # A number of threads that somebody chose is kept.
+    engines = engine, asked, replace(asked, models=on_gpu.models)
+    assert [one.options(JobParams(), None, None).yields_cores for one in engines] == [False, True, False]

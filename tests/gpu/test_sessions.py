@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from musetalk.acceleration import accelerator
 from musetalk.avatars import AvatarCache
+from musetalk.frames import Planes
 from musetalk.geometry import Box
 from musetalk.models import Models
 from musetalk.options import version_defaults
@@ -55,18 +56,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def seen(card: Card, monkeypatch: pytest.MonkeyPatch) -> Seen:
     noted = Seen()
-    launch, paste = RenderSession._launch, RenderSession._paste_and_encode
+    launch, paste = RenderSession._launch, RenderSession._picture
 
     def watched_launch(self: RenderSession, *args: Any) -> Any:
         with card.waits_of(noted.waits_in_launches):
             return launch(self, *args)
 
-    def watched_paste(self: RenderSession, item: Any) -> None:
+    def watched_paste(self: RenderSession, item: Any) -> Planes:
         noted.pasted["device" if item[2] else "cpu" if item[1] is not None else "nobody"] += 1
-        paste(self, item)
+        return paste(self, item)
 
     monkeypatch.setattr(RenderSession, "_launch", watched_launch)
-    monkeypatch.setattr(RenderSession, "_paste_and_encode", watched_paste)
+    monkeypatch.setattr(RenderSession, "_picture", watched_paste)
     return noted
 
 

@@ -18,7 +18,6 @@ from benchmarks.material import camera_frames
 from musetalk.media import EncoderSettings
 from tests.support.outside import GOLDEN_DIR
 from worker.config import ROOT
-from worker.process_variables import SPINNING, limit_spinning
 
 CPU = torch.device("cpu")
 
@@ -213,14 +212,3 @@ def test_encoders_are_compared_on_the_same_pictures(tmp_path: Path) -> None:
     assert usual.equal_bytes == pytest.approx(usual.frame_bytes, rel=0.1)
     assert lean.equal_bytes > 0
     assert "| x264 lean, 1 thread | small |" in encoder_rows([lean, usual])[2]
-
-
-def test_tensor_threads_spin_briefly_unless_somebody_decided_otherwise() -> None:
-    environment: dict[str, str] = {}
-    limit_spinning(environment)
-    assert 0 < int(environment["GOMP_SPINCOUNT"]) < 300_000
-    for name in SPINNING:
-        chosen = {name: "ACTIVE" if "POLICY" in name else "0"}
-        kept = dict(chosen)
-        limit_spinning(chosen)
-        assert chosen == kept

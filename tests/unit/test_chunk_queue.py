@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from musetalk.frames import Planes
 from musetalk.generator import Generator
 from musetalk.mesh_faces import JawParser
 from musetalk.models import Models
@@ -75,16 +76,16 @@ def test_a_slow_encoder_does_not_keep_the_card_from_its_next_chunks(
 ) -> None:
     counter = Counter(wanted=4)
     monkeypatch.setattr(Generator, "start", lambda _self, *args: counter.launch(*args))
-    usual = RenderSession._paste_and_encode
+    usual = RenderSession._picture
     arrived: list[bool] = []
 
-    def paste(self: RenderSession, item: Any) -> None:
+    def paste(self: RenderSession, item: Any) -> Planes:
         if not arrived:
             # The encoder takes its first frame, and no more until four chunks have been launched.
             arrived.append(counter.reached.wait(LIMIT_S))
-        usual(self, item)
+        return usual(self, item)
 
-    monkeypatch.setattr(RenderSession, "_paste_and_encode", paste)
+    monkeypatch.setattr(RenderSession, "_picture", paste)
     with session:
         session.probe()
         session.prepare()

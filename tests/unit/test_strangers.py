@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
 from demo.identity import random_identity
@@ -11,7 +12,7 @@ from demo.portrait import Portrait, Pose
 from demo.visemes import SHUT
 from musetalk.generator import crop_patch
 from musetalk.geometry import Box
-from musetalk.strangers import give_back, is_demo_portrait, mouth_labels
+from musetalk.strangers import give_back, is_demo_portrait, lip_colour, mouth_labels
 
 
 def crop_of(portrait: Portrait, pose: Pose) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -64,3 +65,39 @@ def test_a_mouth_that_moved_keeps_its_shape_and_takes_the_skins_colour() -> None
     result = give_back(patch, np.stack([crop, seen]))
     np.testing.assert_allclose(result[32, 32], (10, 10, 60), atol=1)
     np.testing.assert_array_equal(result[4, 4], crop[4, 4])
+
+
+SKIN, PINK, BROWN, TEETH = (100, 120, 150), (90, 80, 170), (70, 90, 130), (215, 225, 230)
+Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+
+
+def face_with_lips(colour: tuple[int, int, int], opening: int) -> Pixels:
+    """A crop of 192 px: skin, lips around an opening of so many px, with teeth in it."""
+    picture = np.full((192, 192, 3), SKIN, np.uint8)
+    cv2.ellipse(picture, (96, 142), (36, 12 + opening), 0, 0, 360, colour, -1)
+    if opening:
+        cv2.ellipse(picture, (96, 142), (26, opening), 0, 0, 360, TEETH, -1)
+    return picture
+
+
+def test_the_colour_of_lips_is_taken_from_between_the_landmarks() -> None:
+    points = np.zeros((68, 2), np.float32)
+    for part, across, down in ((slice(48, 60), 36, 30), (slice(60, 68), 26, 18)):
+        angles = np.linspace(np.pi, 3 * np.pi, part.stop - part.start, endpoint=False)
+        points[part] = np.stack([196 + 2 * across * np.cos(angles), 384 + 2 * down * np.sin(angles)], 1)
+    colour = lip_colour(face_with_lips(BROWN, 18), points, Box(4, 100, 388, 484))
+    assert colour is not None
+    np.testing.assert_allclose(colour, BROWN, atol=1)
+    assert lip_colour(face_with_lips(BROWN, 0), np.zeros((68, 2), np.float32), Box(4, 100, 388, 484)) is None
+
+
+def test_lips_that_open_keep_the_sources_colour_and_teeth_and_skin_theirs() -> None:
+    crop, seen, patch = face_with_lips(BROWN, 0), face_with_lips(BROWN, 0), face_with_lips(PINK, 18)
+    original = np.stack([crop, seen])
+    plain, kept = give_back(patch, original), give_back(patch, original, np.array(BROWN, np.float32))
+    upper_lip, teeth, chin = (118, 96), (142, 96), (184, 96)
+    assert np.abs(plain[upper_lip].astype(int) - BROWN).max() > 25
+    np.testing.assert_allclose(kept[upper_lip], BROWN, atol=8)
+    np.testing.assert_allclose(kept[teeth], TEETH, atol=4)
+    np.testing.assert_array_equal(kept[chin], crop[chin])
+    np.testing.assert_array_equal(give_back(patch, original, None), plain)
