@@ -387,9 +387,14 @@ def test_a_claimed_job_is_cancelled_by_the_answer_to_a_heartbeat(
     server = start(faulty=True)
     server.wait_for(200)
     server.command("slow")
+    # However fast the machine is, the job runs until the heartbeat is answered.
+    server.command("hold-inference")
     orchestrator.jobs.append(long_job(server, 1))
-    wait_until_running(orchestrator, 1)
+    server.wait_held("inference")
+    n_heartbeats = len(orchestrator.of("heartbeat"))
     orchestrator.faults.append(Times("heartbeat", 1, Answer(200, b'{"detail": "ok", "cancel": ["buffer/1"]}')))
+    orchestrator.wait_for(lambda: len(orchestrator.of("heartbeat")) > n_heartbeats, limit_s=60)
+    server.release("hold-inference")
     orchestrator.wait_for(lambda: orchestrator.of("status"), limit_s=60)
     body = orchestrator.of("status")[0].body
     assert (body["status"], body["retryable"]) == ("failed", False)

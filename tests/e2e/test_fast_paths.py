@@ -54,7 +54,8 @@ def test_a_job_that_gives_cores_to_others_makes_the_same_video_and_takes_them_ba
     numbers = []
     # Every piece of work waits for a core all the time.
     monkeypatch.setattr(crowding, "_MIN_PIECE_S", 0.0)
-    monkeypatch.setattr(crowding.ThreadsByCrowding.__init__, "__kwdefaults__", {"waited": clock, "clock": clock})
+    starved = {"look": lambda: {"1": (0.0, clock())}, "clock": clock}
+    monkeypatch.setattr(crowding.ThreadsByCrowding.__init__, "__kwdefaults__", starved)
     launch = RenderSession._launch
 
     def watched(self: RenderSession, *args: Any) -> Any:

@@ -205,7 +205,7 @@ def test_the_mouth_stays_shut_while_somebody_else_mutters(demo: dict[str, Path])
 
 def test_muttering_alone_is_no_speech(tmp_path: Path, prepared: AvatarCache) -> None:
     """The model hears it where it fills a whole pass of the encoder; closed, the mouth does not follow."""
-    write_flac(tmp_path / "a.flac", muttered()[:40_000])
+    write_flac(tmp_path / "a.flac", muttered())
     opening = {}
     for mode in ("generate", "closed"):
         speak_as(mode, tmp_path / "a.flac", tmp_path / "o.mp4", prepared)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from musetalk.crowding import CROWDED, ThreadsByCrowding, waited_s
+from musetalk.crowding import CROWDED, ThreadsByCrowding, Turns, turns, waited_share
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,9 @@ class Machine:
         self.n_cores, self.others = n_cores, 0
         self.now = self.waited = 100.0
 
+    def turns(self) -> Turns:
+        return {"worker": (self.now - self.waited, self.waited), "encoder": (self.now / 9, self.now / 3)}
+
     def work(self, threads: ThreadsByCrowding, n_pieces: int) -> list[int]:
         numbers = []
         for _ in range(n_pieces):
@@ -42,7 +45,7 @@ class Machine:
         return numbers
 
     def threads(self) -> ThreadsByCrowding:
-        return ThreadsByCrowding(waited=lambda: self.waited, clock=lambda: self.now)
+        return ThreadsByCrowding(look=self.turns, clock=lambda: self.now)
 
 
 def test_a_lone_job_keeps_its_threads() -> None:
@@ -92,46 +95,49 @@ def test_one_thread_always_remains_and_the_old_number_comes_back_after_an_error(
 @given(waits=st.lists(st.floats(0, 1), max_size=60))
 def test_the_number_stays_between_one_and_that_of_before(waits: list[float]) -> None:
     now = waited = 0.0
-    with ThreadsByCrowding(waited=lambda: waited, clock=lambda: now) as threads:
+    with ThreadsByCrowding(look=lambda: {"1": (now - waited, waited)}, clock=lambda: now) as threads:
         for wait in waits:
             now, waited = now + 1, waited + wait
             before = torch.get_num_threads()
             threads.adjust()
             assert 1 <= torch.get_num_threads() <= 4
-            assert torch.get_num_threads() >= before or wait > CROWDED
+            assert torch.get_num_threads() >= before or wait > CROWDED - 1e-9
     assert torch.get_num_threads() == 4
 
 
 def test_short_pieces_and_kernels_that_do_not_count_change_nothing() -> None:
     now = 0.0
-    with ThreadsByCrowding(waited=lambda: now, clock=lambda: now) as threads:
+    with ThreadsByCrowding(look=lambda: {"1": (0.0, now)}, clock=lambda: now) as threads:
         now = 0.1
         threads.adjust()
         assert torch.get_num_threads() == 4
-    with ThreadsByCrowding(waited=lambda: None, clock=lambda: now) as threads:
+    with ThreadsByCrowding(look=dict, clock=lambda: now) as threads:
         now = 10
         threads.adjust()
         assert torch.get_num_threads() == 4
 
 
-@pytest.mark.skipif(waited_s() is None, reason="this kernel does not count how long threads wait")
-def test_the_kernel_counts_how_long_this_thread_waited_for_a_core() -> None:
+def test_only_threads_that_always_want_a_core_count_and_the_worst_of_them() -> None:
+    before = {"main": (10.0, 0.0), "worker": (9.0, 1.0), "encoder": (1.0, 1.0), "ended": (5.0, 5.0)}
+    after = {"main": (11.0, 0.0), "worker": (9.6, 1.4), "encoder": (1.1, 1.5), "new": (0.1, 0.9)}
+    assert waited_share(before, after, 1.0) == pytest.approx(0.4)
+    assert waited_share(before, before, 1.0) == 0.0
+
+
+@pytest.mark.skipif(not turns(), reason="this kernel does not count how long threads wait")
+def test_the_kernel_counts_how_long_a_thread_waited_for_a_core() -> None:
     cores = os.sched_getaffinity(0)
     core = min(cores)
-    busy = subprocess.Popen(
-        [sys.executable, "-S", "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile 1: pass"]
-    )
+    program = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    busy = subprocess.Popen([sys.executable, "-S", "-c", program])
     try:
         os.sched_setaffinity(0, {core})
-        before = waited_s()
-        assert before is not None
+        before, began = turns(), time.perf_counter()
         # Until this thread has had its share of the core they fight for.
         end = time.thread_time() + 0.3
         while time.thread_time() < end:
             pass
-        after = waited_s()
-        assert after is not None
-        assert after - before > 0.05
+        assert waited_share(before, turns(), time.perf_counter() - began) > CROWDED
     finally:
         os.sched_setaffinity(0, cores)
         busy.kill()
