@@ -178,18 +178,31 @@ def prepare_decoder(stream: Any, limits: MediaLimits) -> Any:
     return context
 
 
-def packets(container: Any, stream: Any, on_break: Callable[[], None] = lambda: None) -> Iterator[Any]:
-    """The packets of `stream` and an empty one at the end; `on_break` is called when the container breaks off."""
+def packets(container: Any, wanted: Any, on_break: Callable[[], None] = lambda: None) -> Iterator[Any]:
+    """The packets of a stream, or of a tuple of them, and an empty one of each at the end.
+
+    `on_break` is called when the container breaks off.
+    """
+    streams = wanted if isinstance(wanted, tuple) else (wanted,)
+    flushed: set[int] = set()
     try:
-        yield from container.demux(stream)
+        for packet in container.demux(streams):
+            if not packet.size:
+                flushed.add(packet.stream.index)
+            yield packet
+    except IndexError:
+        # Of PyAV, at the end of a file in whose middle a further track begins (transport streams): nothing is missing.
+        pass
     except av.error.FFmpegError as error:
         if error.errno in _MACHINE_ERRORS or isinstance(error, (av.error.ExitError, av.error.MemoryError)):
             raise
         on_break()
-        # An empty packet flushes the frames that are still in the decoder.
-        empty = av.Packet()
-        empty.stream = stream
-        yield empty
+    # An empty packet flushes the frames that are still in the decoder.
+    for stream in streams:
+        if stream.index not in flushed:
+            empty = av.Packet()
+            empty.stream = stream
+            yield empty
 
 
 def decode(packet: Any, what: str = "the source", decoder: Any = None) -> list[Any]:

@@ -5,6 +5,7 @@ Specified in docs/media.md#sound-and-time and docs/media.md#containers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from musetalk.errors import MediaError
 from musetalk.media import MediaLimits, probe_audio, read_audio_blocks, read_waveform
+from musetalk.media.opening import packets
 from musetalk.media.sound_clock import TOLERANCE_S, Block, Corrections, on_clock
 from tests.support import clips
 from tests.support.clips import Sound, click_times, clicks, tone, write_clip, write_sound
@@ -352,6 +354,31 @@ def test_the_end_that_is_missing_of_a_joined_file_is_reported(tmp_path: Path, na
     assert (1.0 if name == "a.opus" else 1.2) <= len(waveform) / 16_000 < 1.8
     expected = "breaks off: 1.00 s could be decoded" if name == "a.opus" else "promises 2.0"
     assert any(expected in text for text in warnings), warnings
+
+
+class _NewTrackAtTheEnd:
+    """A container in whose middle a further track begins: PyAV looks for it behind its list when it flushes."""
+
+    def __init__(self, container: Any, error: Exception) -> None:
+        self._container, self._error = container, error
+
+    def demux(self, streams: Any) -> Iterator[Any]:
+        yield from (packet for packet in self._container.demux(streams) if packet.size)
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [IndexError("list index out of range"), av.error.InvalidDataError(1, "broken")])
+def test_a_track_that_begins_in_the_middle_of_a_transport_stream_ends_nothing(tmp_path: Path, error: Exception) -> None:
+    sound = Sound(tone(0.6, RATE, 300), rate=RATE)
+    path = clips.write_clip(tmp_path / "a.ts", 15, codec="mpeg2video", sound=sound)
+    with av.open(str(path)) as container:
+        streams = tuple(container.streams)
+        breaks: list[None] = []
+        given_packets = packets(_NewTrackAtTheEnd(container, error), streams, lambda: breaks.append(None))
+        found = [(packet.stream.type, packet.size > 0) for packet in given_packets]
+    assert [kind for kind, is_full in found if not is_full] == ["video", "audio"]
+    assert found.count(("video", True)) == 15
+    assert len(breaks) == (not isinstance(error, IndexError))
 
 
 # -- containers -------------------------------------------------------------------------------------------------------
