@@ -84,6 +84,9 @@ def _lacks_index(path: Path, n_bytes: int) -> bool:
     at = 0
     with path.open("rb") as file:
         for _ in range(10_000):
+            if at >= n_bytes:
+                # A damaged size may be larger than any file; no system seeks there.
+                return True
             file.seek(at)
             header = file.read(16)
             if len(header) < 8:

@@ -182,6 +182,14 @@ def test_a_film_with_something_else_behind_its_end_is_whole(tmp_path: Path) -> N
     assert read(path)[0].warnings == ()
 
 
+@pytest.mark.parametrize("size", [2**40, 2**63, 2**64 - 1])
+def test_a_box_larger_than_any_file_is_the_files_fault(tmp_path: Path, size: int) -> None:
+    path = write_clip(tmp_path / "a.mp4", 25)
+    path.write_bytes(path.read_bytes()[:32] + struct.pack(">I4sQ", 1, b"mdat", size) + bytes(2000))
+    with pytest.raises(MediaError, match="is incomplete: its end is missing"):
+        probe_source(path, LIMITS)
+
+
 TEXTS = {
     "a web page": b"<!doctype html><html><body>Sorry</body></html>",
     "JSON": b'{"detail": "not found"}',
