@@ -8,7 +8,8 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
-_HEADER_BYTES = 44
+# Enough of a file to recognise its kind.
+_SIGN_BYTES = 64
 _MAX_PARTS = 1000
 _HEAD_BYTES = 2**16
 _PLACEHOLDER_BYTES = 0x7FFF0000
@@ -17,8 +18,6 @@ _W64_RIFF = bytes.fromhex("2e91cf11a5d628db04c10000")
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _EBML = bytes.fromhex("1a45dfa3")
-# Of a WavPack block: the first of those that hold the same samples of other channels.
-_WV_INITIAL = 0x800
 
 
 def joined_parts(path: Path) -> list[tuple[int, int]]:
@@ -28,28 +27,27 @@ def joined_parts(path: Path) -> list[tuple[int, int]]:
     Other formats are read through by themselves; they, and files that were not joined, are one span.
     """
     n_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(12)
-        find = next((find for is_kind, find in _JOINED if is_kind(head)), None)
-        if find is None or n_bytes == 0:
-            return [(0, n_bytes)]
-        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-            starts = [0, *islice(find(data), _MAX_PARTS - 1)]
+    if n_bytes == 0:
+        return [(0, 0)]
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+        starts = [0, *islice(_later_starts(data), _MAX_PARTS - 1)]
     return list(zip(starts, [*starts[1:], n_bytes], strict=True))
 
 
-def _wav_starts(data: mmap.mmap) -> Iterator[int]:
-    # Four letters alone are found in any noise; with the second word and a chunk's name they are a header.
-    for at in _found(data, b"RIFF", _HEADER_BYTES):
-        if data[at + 8 : at + 12] == b"WAVE" and data[at + 12 : at + 16].strip().isalnum():
-            yield at
-
-
-def _flac_starts(data: mmap.mmap) -> Iterator[int]:
-    # The first block is the stream's description, of 34 bytes.
-    for at in _found(data, b"fLaC", 42):
-        if data[at + 4] & 0x7F == 0 and data[at + 5 : at + 8] == b"\0\0\x22":
-            yield at
+def _later_starts(data: mmap.mmap) -> Iterator[int]:
+    """Where further files of the same kind begin."""
+    head = data[:_SIGN_BYTES]
+    if head[:4] == b"OggS":
+        yield from _ogg_starts(data)
+    elif head[4:8] == b"ftyp":
+        yield from _mp4_starts(data)
+    for word, is_header in _SIGNS:
+        if head.startswith(word) and is_header(head):
+            at = data.find(word, len(word))
+            while at >= 0:
+                if is_header(data[at : at + _SIGN_BYTES]):
+                    yield at
+                at = data.find(word, at + len(word))
 
 
 def _ogg_starts(data: mmap.mmap) -> Iterator[int]:
@@ -77,89 +75,38 @@ def _mp4_starts(data: mmap.mmap) -> Iterator[int]:
         at += size
 
 
-def _aiff_starts(data: mmap.mmap) -> Iterator[int]:
-    for at in _found(data, b"FORM", _HEADER_BYTES):
-        if data[at + 8 : at + 12] in {b"AIFF", b"AIFC"} and data[at + 12 : at + 16].strip().isalnum():
-            yield at
+def _is_wave(head: bytes) -> bool:
+    return head[8:12] == b"WAVE" and head[12:16].strip().isalnum()
 
 
-def _au_starts(data: mmap.mmap) -> Iterator[int]:
-    for at in _found(data, b".snd", 24):
-        # Where the samples begin, their encoding, and behind the rate the number of channels.
-        begin, encoding, channels = (int.from_bytes(data[at + skip : at + skip + 4], "big") for skip in (4, 12, 20))
-        if 24 <= begin <= _HEAD_BYTES and 1 <= encoding <= 27 and 1 <= channels <= 64:
-            yield at
+def _is_au(head: bytes) -> bool:
+    # Where the samples begin, their encoding, and behind the rate the number of channels.
+    begin, encoding, channels = (int.from_bytes(head[at : at + 4], "big") for at in (4, 12, 20))
+    return 24 <= begin <= _HEAD_BYTES and 1 <= encoding <= 27 and 1 <= channels <= 64
 
 
-def _caf_starts(data: mmap.mmap) -> Iterator[int]:
-    # The description of the samples comes first.
-    for at in _found(data, b"caff\0\x01", _HEADER_BYTES):
-        if data[at + 8 : at + 12] == b"desc":
-            yield at
+def _is_wavpack(head: bytes) -> bool:
+    # Behind the size the version 4.x; then where the block's samples begin, and of several channels the first block.
+    return head[9:10] == b"\x04" and head[16:20] == bytes(4) and bool(int.from_bytes(head[24:28], "little") & 0x800)
 
 
-def _tta_starts(data: mmap.mmap) -> Iterator[int]:
-    # Behind the letters: the format, plain or encrypted, and the number of channels.
-    for at in _found(data, b"TTA1", 22):
-        if data[at + 4 : at + 6] in {b"\x01\0", b"\x02\0"} and data[at + 7] == 0:
-            yield at
-
-
-def _wv_starts(data: mmap.mmap) -> Iterator[int]:
-    # Behind the block's size: the version 4.x, and further on where its samples begin.
-    for at in _found(data, b"wvpk", 32):
-        index, flags = (int.from_bytes(data[at + skip : at + skip + 4], "little") for skip in (16, 24))
-        if data[at + 9 : at + 10] == b"\x04" and index == 0 and flags & _WV_INITIAL:
-            yield at
-
-
-def _amr_starts(data: mmap.mmap) -> Iterator[int]:
-    return _found(data, b"#!AMR", 6)
-
-
-def _asf_starts(data: mmap.mmap) -> Iterator[int]:
-    return _found(data, _ASF_HEADER, len(_ASF_HEADER))
-
-
-def _w64_starts(data: mmap.mmap) -> Iterator[int]:
-    return _found(data, b"riff" + _W64_RIFF, 16)
-
-
-def _matroska_starts(data: mmap.mmap) -> Iterator[int]:
-    for at in _found(data, _EBML, _HEADER_BYTES):
-        if any(name in data[at : at + 64] for name in (b"matroska", b"webm")):
-            yield at
-
-
-def _flv_starts(data: mmap.mmap) -> Iterator[int]:
-    # Version 1, then the flags, then the header's own length.
-    for at in _found(data, b"FLV\x01", 9):
-        if data[at + 5 : at + 9] == b"\0\0\0\x09":
-            yield at
-
-
-def _found(data: mmap.mmap, word: bytes, start: int) -> Iterator[int]:
-    at = data.find(word, start)
-    while at >= 0:
-        yield at
-        at = data.find(word, at + len(word))
-
-
-_JOINED: tuple[tuple[Callable[[bytes], bool], Callable[[mmap.mmap], Iterator[int]]], ...] = (
-    (lambda head: head[:4] == b"RIFF" and head[8:12] == b"WAVE", _wav_starts),
-    (lambda head: head[:4] == b"fLaC", _flac_starts),
-    (lambda head: head[:4] == b"OggS", _ogg_starts),
-    (lambda head: head[4:8] == b"ftyp", _mp4_starts),
-    (lambda head: head[:4] == b"FLV\x01", _flv_starts),
-    (lambda head: head[:4] == b"FORM" and head[8:12] in {b"AIFF", b"AIFC"}, _aiff_starts),
-    (lambda head: head[:4] == b".snd", _au_starts),
-    (lambda head: head[:4] == _EBML, _matroska_starts),
-    (lambda head: head[:4] == b"caff", _caf_starts),
-    (lambda head: head[:4] == b"TTA1", _tta_starts),
-    (lambda head: head[:4] == b"wvpk", _wv_starts),
-    (lambda head: head[:5] == b"#!AMR", _amr_starts),
-    (lambda head: head[:12] == _ASF_HEADER[:12], _asf_starts),
-    (lambda head: head[:12] == b"riff" + _W64_RIFF[:8], _w64_starts),
+# A file's first letters, and what its head must have besides: letters alone are found in any noise.
+_SIGNS: tuple[tuple[bytes, Callable[[bytes], bool]], ...] = (
+    *((word, _is_wave) for word in (b"RIFF", b"RF64", b"BW64")),
+    (b"FORM", lambda head: head[8:12] in {b"AIFF", b"AIFC"} and head[12:16].strip().isalnum()),
+    # The first block is the stream's description, of 34 bytes, and may be the last.
+    (b"fLaC", lambda head: head[4:8] in {b"\0\0\0\x22", b"\x80\0\0\x22"}),
+    (b".snd", _is_au),
+    (b"caff\0\x01", lambda head: head[8:12] == b"desc"),
+    # The format, plain or encrypted, and the number of channels.
+    (b"TTA1", lambda head: head[4:6] in {b"\x01\0", b"\x02\0"} and head[7:8] == b"\0"),
+    (b"wvpk", _is_wavpack),
+    (b"#!AMR", lambda head: head[5:6] in {b"\n", b"-", b"_"}),
+    (_ASF_HEADER, bool),
+    (b"riff" + _W64_RIFF, bool),
+    (_EBML, lambda head: b"matroska" in head or b"webm" in head),
+    # The flags, then the header's own length.
+    (b"FLV\x01", lambda head: head[5:9] == b"\0\0\0\x09"),
 )
 
 

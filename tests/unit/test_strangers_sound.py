@@ -341,6 +341,23 @@ def test_recordings_of_phones_that_were_joined_are_heard_to_the_end(
     assert warnings == []
 
 
+def test_long_wavs_that_were_joined_are_heard_to_the_end(tmp_path: Path) -> None:
+    sound = Sound(tone(0.6, RATE, 300), rate=RATE, codec="pcm_s16le", sample_format="s16")
+    part = write_sound(tmp_path / "part.wav", sound, rf64="always")
+    assert part.read_bytes()[:4] == b"RF64"
+    waveform, _ = heard(joined(tmp_path / "a.wav", [part, part, part]))
+    assert len(waveform) / 16_000 == pytest.approx(1.8, abs=0.005)
+
+
+@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("n_bytes", [4, 5, 12, 20])
+def test_the_beginning_of_another_file_at_the_end_takes_nothing_away(tmp_path: Path, name: str, n_bytes: int) -> None:
+    codec, form, priming = JOINED[name]
+    path = write_many(tmp_path / name, many_channels(tone(0.6, RATE, 300), 1), RATE, codec, form)
+    path.write_bytes(path.read_bytes() + path.read_bytes()[:n_bytes])
+    assert len(heard(path)[0]) / 16_000 == pytest.approx(0.6, abs=0.005 + priming)
+
+
 @pytest.mark.parametrize("name", ["a.opus", "a.flac", "a.m4a"])
 def test_the_end_that_is_missing_of_a_joined_file_is_reported(tmp_path: Path, name: str) -> None:
     codec, form, _ = JOINED[name]
