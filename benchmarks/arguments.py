@@ -146,7 +146,7 @@ def neighbour(description: str | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each setting in each situation")
     parser.add_argument("--settings", default="fixed,own,passive", help="fixed, own, passive, or counts of spins")
     parser.add_argument("--threads", type=int, default=0, help="threads where their number is fixed; default: all")
-    parser.add_argument("--seconds", type=float, default=0, help="of made speech; default: the demo's sentence")
+    parser.add_argument("--seconds", type=float, default=0, help="length of made speech; default: the demo sentence")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -38,7 +38,7 @@ from musetalk.cores import thread_count
 from worker.config import ROOT
 
 # Of the OpenMP library that torch's Linux wheels contain (GNU's): how long its threads wait by spinning.
-SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _MEDIA = ROOT / "demo/media"
 SITUATIONS = ("alone", "beside")
 # Goals: a job beside a neighbour over a lone one whose threads are fixed (24 s over 14 s where they were set), and the
@@ -58,7 +58,7 @@ class Run:
 
 def variables_of(setting: str) -> dict[str, str]:
     """The environment of a child process with this setting."""
-    environment = {name: value for name, value in os.environ.items() if name not in SPINNING}
+    environment = {name: value for name, value in os.environ.items() if name not in _SPINNING}
     # The number of threads is the worker's choice here, whatever the caller of this benchmark has.
     environment.pop("OMP_NUM_THREADS", None)
     if setting == "passive":

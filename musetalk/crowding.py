@@ -18,8 +18,6 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Of each thread: nanoseconds on a core, nanoseconds of waiting for one, number of turns.
-_SCHEDSTATS = "*/schedstat"
 _TASKS = Path("/proc/self/task")
 # Share of the time for which a thread waited for a core from which on the machine is crowded. An idle machine shows 0
 # to 0.05 (decoder and encoder take their turns), one busy process on two cores 0.3 to 0.5.
@@ -36,10 +34,11 @@ Turns = dict[str, tuple[float, float]]
 
 
 def turns(tasks: Path = _TASKS) -> Turns:
-    """What each thread of this process has got of the cores since it began; empty where the kernel does not count."""
+    """How long each thread of this process ran and waited since it began; empty where the kernel does not count."""
     found: Turns = {}
-    for path in tasks.glob(_SCHEDSTATS):
+    for path in tasks.glob("*/schedstat"):
         try:
+            # In nanoseconds, and the number of turns.
             ran, waited, _ = path.read_text(encoding="ascii").split()
             found[path.parent.name] = int(ran) / 1e9, int(waited) / 1e9
         except (OSError, ValueError):
@@ -84,7 +83,7 @@ class ThreadsByCrowding:
         """Call between pieces of work, in the thread that computes them."""
         began, before = self._since
         spent_s = self._clock() - began
-        if self._most == 1 or not before or spent_s < _MIN_PIECE_S:
+        if self._most == 1 or spent_s < _MIN_PIECE_S:
             return
         if waited_share(before, self._look(), spent_s) > CROWDED:
             if self._is_trial:

@@ -32,10 +32,11 @@ _LABELS_PX, _SKIN = 512, 1
 # Levels between patch and the VAE's own picture up to which nothing moved, and from which on the mouth did.
 _SAME, _MOVED = 8.0, 24.0
 _LOOK_SIGMA, _SOFT_SIGMA = 3.0, 4.0
-# An ellipse around the mouth, in shares of a crop's sides; within it lips are redder than skin by at least this, in
-# logarithms, and at least this share as light.
+# An ellipse around the mouth, in shares of a crop's sides.
 _MOUTH_CENTRE, _MOUTH_RADII = (0.5, 0.74), (0.34, 0.22)
+# Inside it lips are redder than skin by at least this much (logarithm), and have at least this share of its light.
 _LEAST_REDDER, _LIT = 0.12, 0.4
+# Fewer pixels give no colour; and levels that are added so that black has a logarithm too.
 _FEWEST_LIP_PX, _DARKEST = 20, 8
 
 
@@ -71,7 +72,10 @@ def mouth_labels(landmarks: NDArray[np.float32], around: Box) -> UInt8Array:
 
 
 def lip_colour(crop: UInt8Array, landmarks: NDArray[np.float32], box: Box) -> NDArray[np.float32] | None:
-    """Median colour (3,) of the lips in a crop (s, s, 3) of `box`, from 68 landmarks in px; None where none is seen."""
+    """Median BGR (3,) of the lips in a crop (s, s, 3) of `box`; None where too few pixels are lip.
+
+    `landmarks` (68, 2) are in px of the frame.
+    """
     side = crop.shape[0]
     points = (landmarks.astype(np.float64) - (box.x0, box.y0)) * (side / box.width, side / box.height)
     outline, opening = (np.round(points[part]).astype(np.int32) for part in (slice(48, 60), slice(60, 68)))
@@ -107,7 +111,7 @@ def give_back(patch: UInt8Array, original: UInt8Array, lips: NDArray[np.float32]
 
 
 def _lip_share(patch: UInt8Array, still: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """How much each pixel of a patch (h, w, 3) is lip, 0..1: redder than the skin that is `still`, and not dark."""
+    """How much each pixel of a patch (h, w, 3) is lip, (h, w) 0..1: redder than the `still` skin, and not dark."""
     height, width = patch.shape[:2]
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     (across, down), (radius_x, radius_y) = _MOUTH_CENTRE, _MOUTH_RADII

@@ -27,7 +27,7 @@ NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 SPECIFICATIONS = {"docs/model.md", "docs/media.md", "docs/protocol.md"}
 # Variables that other programs read, as docs/configuration.md lists them.
 FOREIGN = {
-    *("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"),  # of the OpenMP library in torch's wheels
+    "OMP_WAIT_POLICY",  # of the OpenMP library in torch's wheels
     *(
         "TORCH_SPEC",
         "PYTHON",

@@ -138,8 +138,8 @@ class _Session(requests.Session):
         )
         try:
             response = super().request(*args, **kwargs)
-        except Exception:
-            self._connection.check()  # otherwise b2sdk would take our own cut for a fault and retry
+        except Exception:  # whatever it is: b2sdk would take our own cut for a fault, and retry
+            self._connection.check()
             raise
         asked = response.headers.pop("Retry-After", "")
         if asked.isdecimal():

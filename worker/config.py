@@ -220,7 +220,7 @@ class Settings:
     acceleration: AccelerationChoice = variable("MUSETALK_ACCELERATION", _choice(AccelerationChoice), "On a GPU: `graphs` captures the networks as CUDA graphs, `compile` runs torch's compiler (minutes at start; needs a C compiler), `none` runs them as they are; `auto` is graphs on a GPU, and the plain networks where the capture fails.", "auto")
     device_pixels: AutoOrFlag = variable("DEVICE_PIXELS", _auto_or_flag, "1 cuts and pastes faces with tensor operations on the device of the networks; `auto` does so on a GPU.", "auto")
     face_search: FaceSearchChoice = variable("FACE_SEARCH", _choice(FaceSearchChoice), "How often the official face detector looks at a source: `interval` every 8 to 16 frames and wherever the landmarks leave a doubt, `every_frame` always, as the original.", "interval")
-    cpu_threads: int = variable("MUSETALK_CPU_THREADS", _whole(0, 256), "Threads of tensor work on the CPU; 0 chooses one on a GPU, all cores without.", "0")
+    cpu_threads: int = variable("MUSETALK_CPU_THREADS", _whole(0, 256), "Threads of tensor work on the CPU; 0 chooses one on a GPU, else all cores, and fewer while others want them.", "0")
     min_gpu_memory_mb: int = variable("MIN_GPU_MEMORY_MB", _whole(0, 10_000_000), "GPU memory that must be free at start; 0 does not check.", "4096")
     wanted_batch_size: int | None = variable("BATCH_SIZE", _whole(1, 256), "Output frames computed in one pass of the networks; unset: 8, on a GPU with 24 GB or more 16, with 40 GB or more 32.", "")
     # Media

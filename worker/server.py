@@ -270,8 +270,7 @@ class Server(ThreadWorker):  # type: ignore[misc]  # Gunicorn has no types
             return
         try:
             self._read(connection)
-        except Exception:
-            # An error here would end the process, and the running job with it.
+        except Exception:  # any error here would end the process, and the running job with it
             self.log.exception("connection failed")
             self._drop(connection)
 

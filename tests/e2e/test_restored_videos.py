@@ -1,4 +1,4 @@
-"""A whole video with a restorer: what it adds is inside the mask, by its strength, and still in a still face."""
+"""A whole video with a restorer: what it adds is inside the mask, by its strength; at strength 0 nothing is."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_stubble_that_the_model_cannot_draw_comes_back_with_detail(worker: Serve
     )
 
     def fine_energy(frames: list[NDArray[np.uint8]]) -> float:
-        """Of the chin, in the band that a patch of 256 px does not have."""
+        """Of the chin, in the band that a patch hardly has."""
         chins = [window(f, portrait, p, (184, 128))[96:].mean(axis=2) for f, p in zip(frames, poses, strict=True)]
         return float(np.std([chin - cv2.GaussianBlur(chin, (0, 0), 2.0) for chin in chins]))
 
