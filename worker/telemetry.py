@@ -35,6 +35,8 @@ _job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
+# A terminal's colours in the text of a library.
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # The query of an address may be a signature, so it is never logged.
 _QUERY = re.compile(r"(https?://[^\s?#]*)[?#]\S*")
 _USER = re.compile(r"(https?://)[^\s/@]*@")
@@ -91,7 +93,7 @@ class JsonFormatter(logging.Formatter):
 
 def _message(record: logging.LogRecord) -> str:
     try:
-        return record.getMessage()
+        return _COLOUR.sub("", record.getMessage())
     except Exception:  # noqa: BLE001 - a library may log arguments that do not fit its text
         return str(record.msg)
 

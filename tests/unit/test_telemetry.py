@@ -38,6 +38,10 @@ def test_a_record_is_one_line_of_json_with_the_job() -> None:
     assert "job_id" not in formatted("outside")
 
 
+def test_the_colours_of_a_terminal_are_left_out() -> None:
+    assert formatted("\x1b[31m\x1b[1m%s\x1b[0m 422", "POST /generate")["message"] == "POST /generate 422"
+
+
 def test_the_clock_adds_up_and_marks_the_first_stage_an_error_left() -> None:
     clock = StageClock()
 
