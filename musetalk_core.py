@@ -30,7 +30,7 @@ from worker.job_control import (
     StopReason,
 )
 from worker.jobs import Job, JobParams, JobResult, RenderedJob, Stage, sidecar_body
-from worker.machine import check_room, folder_problem, release_memory
+from worker.machine import check_room, exempt_loaded, folder_problem, release_memory
 from worker.readiness import Readiness, State, WorkerStatus
 from worker.stored import Store
 from worker.supervision import Supervisor
@@ -124,6 +124,7 @@ class Core:
         # Before gigabytes are fetched for a worker that could store nothing.
         self._store.check()
         self.load()
+        exempt_loaded()
 
     @property
     def engine(self) -> Engine:

@@ -64,7 +64,8 @@ class FaceParser:
     def classes(self, pictures: Tensor) -> NDArray[np.uint8]:
         """RGB pictures uint8 (n, 512, 512, 3) on the device -> classes uint8 (n, 512, 512)."""
         scores = self._network(self.normalised(pictures).to(self._dtype))
-        labels: NDArray[np.uint8] = scores.argmax(dim=1).to(torch.uint8).cpu().numpy()
+        # The indices of `max` are those of `argmax`, in a third of its time on a CPU.
+        labels: NDArray[np.uint8] = scores.max(dim=1).indices.to(torch.uint8).cpu().numpy()
         return labels
 
     @torch.inference_mode()

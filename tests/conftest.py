@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Two threads at most, before torch is imported: small tensors on a busy machine spin with more.
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
+_UNTRACED = ("e2e", "golden", "gpu", "unit/test_claim_simulation.py", "unit/test_benchmarks.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,8 +27,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.timeout(3 * 3600))
-        # End-to-end tests run most of the code in other processes; tracing them in this one would only cost time.
-        if item.path.is_relative_to(TESTS / "e2e") or item.path.is_relative_to(TESTS / "golden"):
+        # Most of their code runs in other processes, or a million times: tracing them would only cost time.
+        if any(item.path.is_relative_to(TESTS / name) for name in _UNTRACED):
             item.add_marker(pytest.mark.no_cover)
     if config.getoption("--runslow"):
         return
@@ -34,6 +36,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _everything_collected() -> Iterator[None]:
+    """A worker that loads models in a test exempts all objects from collection; afterwards none is exempt."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

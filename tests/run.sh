@@ -47,8 +47,9 @@ if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
 fi
 step "shellcheck"; shellcheck ./*.sh tests/*.sh .ci/run
 step "hadolint"; hadolint Dockerfile.worker
-# One process per core, with one thread each: threads of several processes on one core mostly wait for each other.
+# One thread each: threads of several processes on one core mostly wait for each other. Four processes keep two cores
+# busy, because many tests wait for a server, a clock or a disk.
 export OMP_NUM_THREADS=1
 step "pytest"
-python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=
+python -m pytest -q --durations=15 -n 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=
 printf 'coverage by unit and contract tests, branches included: %s %%\n' "$(coverage report --format=total)"

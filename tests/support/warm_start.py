@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import io
 import json
 import os
@@ -128,6 +129,9 @@ def main() -> None:
     """Serve the control socket until it is closed; then end what still runs."""
     control = socket.socket(fileno=int(sys.argv[1]))
     _import_libraries()
+    # A collection in a program would touch, and so copy, the memory of all that was imported here.
+    gc.collect()
+    gc.freeze()
     running: dict[int, int] = {}
     woken, wakes = os.pipe()
     os.set_blocking(wakes, False)
