@@ -676,6 +676,19 @@ def test_labels_are_the_strongest_class_of_each_pixel_of_crops_of_any_size() -> 
     assert not labels[1, :, :254].any()
 
 
+class Steps(nn.Module):
+    """Scores of four levels only: several classes share the highest in most pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.randint(0, 4, (len(x), 19, *x.shape[2:]), generator=torch.Generator().manual_seed(5)).float()
+
+
+def test_of_equally_strong_classes_the_first_is_the_label() -> None:
+    labels = build_parser(Steps()).labels([np.zeros((512, 512, 3), np.uint8)])
+    scores = Steps()(torch.zeros(1, 3, 512, 512)).numpy()
+    assert (labels == scores.argmax(1)).all()
+
+
 def test_crops_together_get_the_labels_of_crops_alone() -> None:
     parser = build_parser(fill(BiseNet(4), 6, GAIN_CONV))
     crops = [random_frame(side, side, side) for side in (40, 90)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,6 +119,15 @@ def test_loading_begins_again_after_an_unforeseen_error(tmp_path: Path, monkeypa
     assert core.engine.models.version == "v15"
     assert b'musetalk_restarts_total{part="model-loader"} 1.0' in core.metrics.text()
     assert core.status.snapshot(model="v15", loading="", is_busy=False).state == "ready"
+
+
+def test_what_was_loaded_is_exempt_from_the_collections_of_the_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = loading_core(tmp_path, monkeypatch, [])
+    assert gc.get_freeze_count() == 0
+    core.start_loading().join(20)
+    assert gc.get_freeze_count() > 10_000
 
 
 def test_loading_stops_at_an_error_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
