@@ -129,9 +129,10 @@ def test_damaged_files_are_made_or_refused_and_the_worker_lives(worker: Server, 
 @pytest.mark.slow
 def test_two_thousand_damaged_files(worker: Server, tmp_path: Path) -> None:
     process = psutil.Process(worker.process.pid).children()[0]
-    run(worker, 50, 2, tmp_path)
+    # Until the largest pictures of all kinds were in the heap once.
+    run(worker, 200, 2, tmp_path)
     before = process.memory_info().rss, process.num_fds(), process.num_threads()
-    outcomes = run(worker, 1950, 3, tmp_path)
+    outcomes = run(worker, 1800, 3, tmp_path)
     print(outcomes)
     assert process.memory_info().rss - before[0] < 100 * 2**20
     assert process.num_fds() <= before[1] + 2
