@@ -123,7 +123,7 @@ class Core:
         self.work_dir.take(lambda: folder_problem(self.settings.work_dir, "WORK_DIR", self.settings.min_free_disk_mb))
         # Before gigabytes are fetched for a worker that could store nothing.
         self._store.check()
-        self.load()
+        self.load()  # ends with a collection
         exempt_loaded()
 
     @property

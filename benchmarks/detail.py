@@ -182,7 +182,7 @@ def not_rounded(shot: Shot) -> FloatImage:
 def figures(shots: list[Shot]) -> dict[str, dict[str, float]]:
     """Energy, error and flicker of the source, of the picture it should be, and of the result without and with detail.
 
-    The truth has a line of its own where the mouth speaks: its skin moves, and so it flickers more than a face at rest.
+    The truth has a line of its own where it is another picture than the source, because the mouth speaks.
     """
     made: dict[str, list[Planes]] = {"source": [shot.source for shot in shots], "without": [], "with": []}
     truths = [shot.truth for shot in shots if shot.truth is not None and shot.truth is not shot.source]

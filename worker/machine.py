@@ -50,11 +50,11 @@ def has_gpu_hardware(dev: Path = Path("/dev")) -> bool:
 
 
 def exempt_loaded() -> None:
-    """Let later collections pass over everything that exists now, for a process that keeps its models to its end.
+    """Let later collections pass over everything that exists now; call it after one, or garbage is kept as well.
 
-    A collection through the libraries' and the networks' objects takes tenths of a second, and each job ends with one.
+    For a process that keeps its models to its end: a collection through the objects of libraries and networks takes
+    tenths of a second, and each job ends with one.
     """
-    gc.collect()
     gc.freeze()
 
 
