@@ -23,8 +23,8 @@ from musetalk.geometry import Box
 FloatImage = NDArray[np.float32]
 
 # Sides for a patch shown at its own size; they grow with the size at which it is shown, and so does what it lacks.
-# Two box filters of 11 px leave 5 % of a period of 8 px. Narrower ones leave more of the patch, whose own middle
-# frequencies flicker.
+# Two box filters of 11 px leave 5 % of a period of 8 px. Narrower ones leave steeper slopes of the patch, whose
+# rounding to whole levels flickers more.
 _FILTER_PX, _CELL_PX = 11, 4
 # Cells around the region in which the edge is repeated: what filters, growth and enlargement reach.
 MARGIN_CELLS = 4
